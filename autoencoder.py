@@ -1,0 +1,119 @@
+"""Picture tensor <-> latent: the VAEs of diffusers, and the built-in block-DCT that needs no weights.
+
+Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), and
+
+    encode: pixels (B, 3, H, W) in [-1, 1], sides divisible by factor -> latents (B, channels, H / factor, W / factor)
+    decode: the way back, not clipped
+
+Latents here are the autoencoder's own, with its shift and scale applied; `latents.py` standardises them.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cli import UserError, autocast
+
+WAYS_OUT = "give a local diffusers folder as autoencoder.name, or the built-in codec: dct"
+
+
+def load_autoencoder(name: str, device: torch.device) -> nn.Module:
+    """A hub id or local folder of an AutoencoderKL or AutoencoderTiny, `dct`, or `dct:f4c12`."""
+    if name == "dct" or name.startswith("dct:"):
+        return DctCodec(name).to(device)
+    return DiffusersAutoencoder(name, device)
+
+
+class DiffusersAutoencoder(nn.Module):
+    """A pretrained VAE; encodes to the posterior mean. BF16 on CUDA, float32 elsewhere."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.device = name, device
+        self.vae = _load_vae(name).to(device).eval().requires_grad_(False)
+        self.channels = self.vae.config.latent_channels
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.scale = self.vae.config.scaling_factor
+        self.shift = self.vae.config.get("shift_factor") or 0.0
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        with autocast(self.device, self.device.type == "cuda"):
+            encoded = self.vae.encode(pixels)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return (latents.float() - self.shift) * self.scale
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        with autocast(self.device, self.device.type == "cuda"):
+            return self.vae.decode(latents / self.scale + self.shift).sample.float()
+
+
+def _load_vae(name: str) -> nn.Module:
+    import diffusers  # seconds to import, so only where it is used
+
+    classes = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
+    try:
+        class_name = diffusers.AutoencoderKL.load_config(name).get("_class_name")
+        if class_name not in classes:
+            raise UserError(f"autoencoder {name}: its class is {class_name}, not one of {', '.join(classes)}")
+        return classes[class_name].from_pretrained(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(name).exists():
+            reason = str(error).splitlines()[0]
+            raise UserError(f"autoencoder {name}: this folder does not load ({reason}); {WAYS_OUT}") from None
+        raise UserError(
+            f"autoencoder {name}: no such local folder, not in the cache, and the hub was not reached; {WAYS_OUT}"
+        ) from None
+
+
+class DctCodec(nn.Module):
+    """`dct:f{f}c{c}`: an orthonormal f x f block DCT of YCbCr that keeps the c strongest of its 3 f^2 coefficients.
+
+    "Strongest" is fixed beforehand, by the variances that the coefficients of natural pictures have under the usual
+    model (a first-order Markov field of correlation 0.95, colour far weaker than brightness), so that a latent channel
+    always means the same thing. At c = 3 f^2 nothing is lost; below, what is dropped is fine detail.
+    """
+
+    COLOUR_ENERGY = (1.0, 0.12, 0.12)  # Y, Cb, Cr: their shares of the energy, roughly, in photographs
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        spec = re.fullmatch(r"dct(?::f(\d+)c(\d+))?", name)
+        if not spec:
+            raise UserError(f"autoencoder {name}: the built-in codec is written dct or dct:f4c12")
+        self.factor, self.channels = int(spec[1] or 4), int(spec[2] or 12)
+        if not (1 <= self.factor <= 64 and 1 <= self.channels <= 3 * self.factor**2):
+            raise UserError(f"autoencoder {name}: f must be 1 to 64 and c 1 to 3 f^2 = {3 * self.factor**2}")
+        self.name = f"dct:f{self.factor}c{self.channels}"
+        analysis, synthesis = _dct_kernels(self.factor, self.channels, self.COLOUR_ENERGY)
+        self.register_buffer("analysis", analysis)
+        self.register_buffer("synthesis", synthesis)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return F.conv2d(pixels, self.analysis, stride=self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.conv_transpose2d(latents, self.synthesis, stride=self.factor)
+
+
+def _dct_kernels(factor: int, channels: int, colour_energy: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(channels, 3, f, f) kernels that take RGB to the kept coefficients, and those back to RGB."""
+    n = torch.arange(factor, dtype=torch.float64)
+    basis = torch.cos(math.pi / factor * (n[None] + 0.5) * n[:, None]) * math.sqrt(2 / factor)  # row u: frequency u
+    basis[0] /= math.sqrt(2)
+    correlation = 0.95 ** (n[:, None] - n[None]).abs()
+    variance = (basis @ correlation @ basis.T).diagonal()
+    energy = torch.einsum("k,u,v->kuv", torch.tensor(colour_energy, dtype=torch.float64), variance, variance)
+    kept = energy.flatten().argsort(descending=True, stable=True)[:channels]
+    to_ycbcr = torch.tensor(  # ITU-R BT.601, full range, on pixels around zero
+        [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=torch.float64
+    )
+    blocks = torch.einsum("ui,vj->uvij", basis, basis)
+    analysis = torch.einsum("kr,uvij->kuvrij", to_ycbcr, blocks).flatten(0, 2)[kept]
+    synthesis = torch.einsum("rk,uvij->kuvrij", to_ycbcr.inverse(), blocks).flatten(0, 2)[kept]
+    return analysis.float().contiguous(), synthesis.float().contiguous()

@@ -1,0 +1,127 @@
+"""Checkpoints: the averaged weights, atomic save, checked load, the newest one to resume from."""
+
+import copy
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cli import UserError
+from config import Config, config_from_dict, config_to_dict
+from files import load_data, written_whole
+from latents import LatentSpec
+from model import IsoNext
+
+FORMAT = 1
+INTERRUPTED = "stage1_interrupted.pt"  # what Ctrl-C and SIGTERM leave, in the middle of an epoch
+
+
+class EMA:
+    """The exponential moving average of a model's weights, which is what transfers use.
+
+    The decay warms up as (1 + step) / (10 + step), so that the random start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimiser step `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+
+
+@dataclass
+class Checkpoint:
+    """All that a run is: enough to transfer pictures with nothing else at hand, and to go on training exactly."""
+
+    config: Config
+    latents: LatentSpec
+    step: int  # optimiser steps done
+    epoch: int  # whole epochs done
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict
+
+    def save(self, path: Path) -> None:
+        tree = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        tree |= {"format": FORMAT, "config": config_to_dict(self.config), "latents": dataclasses.asdict(self.latents)}
+        with written_whole(path) as beside:
+            torch.save(tree, beside)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and check; anything that is not a checkpoint of this program is refused in one line."""
+    tree = load_data(path, "checkpoint")
+    names = {entry.name for entry in dataclasses.fields(Checkpoint)} | {"format"}
+    if not isinstance(tree, dict) or "format" not in tree:
+        raise UserError(f"{path}: not a checkpoint of train.py")
+    if tree["format"] != FORMAT:
+        raise UserError(f"{path}: checkpoint format {tree['format']}, this program reads {FORMAT}")
+    if tree.keys() != names:
+        raise UserError(f"{path}: checkpoint entries missing or unknown: {', '.join(sorted(tree.keys() ^ names))}")
+    tree.pop("format")
+    tree["config"] = config_from_dict(tree["config"], where=str(path))
+    tree["latents"] = LatentSpec(**tree["latents"])
+    return Checkpoint(**tree)
+
+
+def build_model(config: Config, spec: LatentSpec) -> nn.Module:
+    """The network of a config, with what is counted taken from the store; a disagreement is an error."""
+    options = dataclasses.asdict(config.model)
+    options.pop("type")
+    counted = {"latent_channels": spec.channels, "num_styles": len(spec.styles)}
+    for name, count in counted.items():
+        if options[name] not in (None, count):
+            raise UserError(f"model.{name} = {options[name]}, but the latents have {count}; leave the key out")
+    if config.data.num_classes not in (None, len(spec.styles)):
+        raise UserError(f"data.num_classes = {config.data.num_classes}, but the latents have {len(spec.styles)} styles")
+    return IsoNext(**options | counted, gradient_checkpointing=config.training.gradient_checkpointing)
+
+
+def load_model(checkpoint: Checkpoint, path: str | Path, device: torch.device) -> nn.Module:
+    """The averaged network of a checkpoint, ready for transfers."""
+    model = build_model(checkpoint.config, checkpoint.latents)
+    load_weights(model, checkpoint.ema, path)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Copy weights in; a missing, extra or misshapen one is an error that names it."""
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ weights.keys())
+    wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise UserError(f"{path}: {len(wrong)} weights missing, extra or of another shape: {shown}")
+    model.load_state_dict(weights)
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """stage1_epoch{N}.pt by rising N."""
+    numbered = {path: re.fullmatch(r"stage1_epoch(\d+)\.pt", path.name) for path in folder.glob("stage1_epoch*.pt")}
+    return sorted((path for path, match in numbered.items() if match), key=lambda path: int(numbered[path][1]))
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint with the most steps that can be read; None where there is none. Damaged ones are passed over."""
+    best = None
+    for path in [folder / INTERRUPTED, *reversed(epoch_checkpoints(folder))]:
+        if not path.exists():
+            continue
+        try:
+            found = load_checkpoint(path)
+        except UserError as error:
+            print(f"warning: passed over {error}", file=sys.stderr)
+            continue
+        if best is None or found.step > best[1].step:
+            best = (path, found)
+        if path.name != INTERRUPTED:  # older ones have fewer steps
+            break
+    return best

@@ -1,0 +1,246 @@
+"""Measure a checkpoint on held-out pictures: is the style right, is the picture still the same.
+
+python evaluate.py --checkpoint checkpoints/stage1_epoch200.pt --data raw_data/test --pairs --output report/
+
+`--data` holds one folder a style. With `--pairs`, files of the same name are the same picture in every style.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from itertools import permutations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import images
+from cli import UserError, add_device_flags, new_parser, pick_device, run
+from config import apply_overrides, config_from_dict, config_to_dict
+from files import written_whole
+from metrics import StyleClassifier, psnr, ssim, train_style_classifier
+from pipeline import Pipeline, load_pipeline, transfer_settings
+from solvers import LatticeState, TransferSettings
+
+
+@dataclass
+class PairFigures:
+    """What one direction of transfer reached, as means over the test pictures."""
+
+    source: str
+    target: str
+    pictures: int
+    style_success: float  # share that the classifier takes for the target style
+    source_taken_for_target: float  # the same before the transfer: the floor
+    ssim_to_source: float
+    ssim_to_pair: float | None  # with --pairs
+    source_ssim_to_pair: float | None  # the same before the transfer: what doing nothing gives
+    psnr_to_pair: float | None  # dB
+    source_psnr_to_pair: float | None
+    round_trip_differing: int  # latent elements that a transfer and its undoing change, of `round_trip_elements`
+    round_trip_elements: int
+    round_trip_max: float  # the largest change, in deviations of the latents
+
+
+@dataclass
+class Evaluation:
+    classifier_accuracy: float  # on held-out pictures: the ceiling of style_success
+    reconstruction_psnr: float  # of the autoencoder alone, dB: the ceiling of every picture-level figure
+    pairs: list[PairFigures]
+    sheets: dict[str, list[list[Tensor]]]  # "a_to_b" -> rows of (source, transfer[, true pair])
+
+
+def load_styles(root: Path, styles: list[str], size: int, limit: int | None) -> dict[str, dict[str, Tensor]]:
+    """Style -> file name without suffix -> pixels (3, size, size); every style must be there, bad pictures are not."""
+    loaded: dict[str, dict[str, Tensor]] = {}
+    for style in styles:
+        names = images.find_pictures(root / style)[:limit]
+        loaded[style] = {}
+        for name in names:
+            try:
+                picture = images.square(images.open_picture(root / style / name), size)
+            except UserError as error:
+                print(f"skipped: {error}")
+                continue
+            loaded[style][name.with_suffix("").as_posix()] = images.to_pixels(images.to_bytes(picture))
+        if not loaded[style]:
+            raise UserError(f"{root / style}: no pictures of style {style}; --data needs a folder for each style")
+    return loaded
+
+
+def evaluate(
+    pipeline: Pipeline,
+    train_root: Path,  # the folders that the style classifier learns from
+    test_root: Path,
+    how: TransferSettings,
+    pairs: bool,
+    limit: int | None = None,  # test pictures a style
+    quiet: bool | None = None,
+    directions: list[tuple[str, str]] | None = None,  # all ordered pairs if None
+) -> Evaluation:
+    """Transfer the test pictures of every style to every other and measure."""
+    styles, size = pipeline.spec.styles, pipeline.spec.image_size
+    test = load_styles(test_root, styles, size, limit)
+    classifier = fit_classifier(pipeline, load_styles(train_root, styles, size, None))
+    stacked = {style: torch.stack(list(test[style].values())) for style in styles}
+    rebuilt = {style: _through_codec(pipeline, stacked[style]) for style in styles}
+    hits = [(classifier.predict(rebuilt[style]) == number).float() for number, style in enumerate(styles)]
+    floor = torch.cat([psnr(stacked[style], rebuilt[style]) for style in styles])
+    result = Evaluation(torch.cat(hits).mean().item(), floor.mean().item(), [], {})
+    directions = directions or list(permutations(styles, 2))
+    for source, target in tqdm(directions, desc="evaluating", unit="direction", disable=quiet):
+        figures, rows = evaluate_direction(pipeline, classifier, test, source, target, how, pairs)
+        result.pairs.append(figures)
+        result.sheets[f"{source}_to_{target}"] = rows
+    return result
+
+
+def fit_classifier(pipeline: Pipeline, train: dict[str, dict[str, Tensor]]) -> StyleClassifier:
+    """Learns from pictures that went through the codec, so that its blur does not pass for a style."""
+    pixels = [_through_codec(pipeline, torch.stack(list(train[style].values()))) for style in pipeline.spec.styles]
+    labels = [torch.full((len(part),), number) for number, part in enumerate(pixels)]
+    return train_style_classifier(torch.cat(pixels), torch.cat(labels), len(pixels))
+
+
+def evaluate_direction(
+    pipeline: Pipeline,
+    classifier: StyleClassifier,
+    test: dict[str, dict[str, Tensor]],
+    source: str,
+    target: str,
+    how: TransferSettings,
+    pairs: bool,
+) -> tuple[PairFigures, list[list[Tensor]]]:
+    names = [name for name in test[source] if not pairs or name in test[target]]
+    if not names:
+        raise UserError(f"--pairs: no file name of {source} is one of {target} as well")
+    sources = torch.stack([test[source][name] for name in names])
+    truth = torch.stack([test[target][name] for name in names]) if pairs else None
+    a, b = (pipeline.spec.styles.index(style) for style in (source, target))
+    made, differing, largest, elements = [], 0, 0.0, 0
+    for part in sources.split(32):
+        latents = pipeline.encode(part)
+        transfer = pipeline.transfer(latents, a, b, how)
+        made.append(pipeline.decode(transfer.latents, *part.shape[-2:]).clamp(-1, 1).cpu())
+        change = (pipeline.undo(transfer, a, b, how) - LatticeState.at_picture(latents).x).abs()
+        differing, elements = differing + int((change > 0).sum()), elements + change.numel()
+        largest = max(largest, change.max().item())
+    results = torch.cat(made)
+    figures = PairFigures(
+        source=source,
+        target=target,
+        pictures=len(names),
+        style_success=_mean(classifier.predict(results) == b),
+        source_taken_for_target=_mean(classifier.predict(sources) == b),
+        ssim_to_source=_mean(ssim(results, sources)),
+        ssim_to_pair=_mean(ssim(results, truth)) if pairs else None,
+        source_ssim_to_pair=_mean(ssim(sources, truth)) if pairs else None,
+        psnr_to_pair=_mean(psnr(results, truth)) if pairs else None,
+        source_psnr_to_pair=_mean(psnr(sources, truth)) if pairs else None,
+        round_trip_differing=differing,
+        round_trip_elements=elements,
+        round_trip_max=largest,
+    )
+    columns = [sources, results] + ([truth] if pairs else [])
+    return figures, [list(row) for row in zip(*columns, strict=True)]
+
+
+def _through_codec(pipeline: Pipeline, pixels: Tensor) -> Tensor:
+    parts = [pipeline.decode(pipeline.encode(part), *part.shape[-2:]) for part in pixels.split(32)]
+    return torch.cat(parts).clamp(-1, 1).cpu()
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+#################################################################################
+#                                    Reports                                    #
+#################################################################################
+
+
+def figures_table(result: Evaluation) -> str:
+    """The figures as a Markdown table."""
+    lines = [
+        f"classifier accuracy on held-out pictures (ceiling of style success): {result.classifier_accuracy:.3f}",
+        f"autoencoder alone (ceiling of every picture-level figure): {result.reconstruction_psnr:.1f} dB",
+        "",
+        "| direction | pictures | style success (before) | SSIM to source | SSIM to pair (before) "
+        "| PSNR to pair (before) | round trip |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for p in result.pairs:
+        to_pair = ("-", "-")
+        if p.ssim_to_pair is not None:
+            to_pair = (
+                f"{p.ssim_to_pair:.3f} ({p.source_ssim_to_pair:.3f})",
+                f"{p.psnr_to_pair:.1f} dB ({p.source_psnr_to_pair:.1f} dB)",
+            )
+        lines.append(
+            f"| {p.source} -> {p.target} | {p.pictures} | {p.style_success:.3f} ({p.source_taken_for_target:.3f}) "
+            f"| {p.ssim_to_source:.3f} | {to_pair[0]} | {to_pair[1]} "
+            f"| {p.round_trip_differing} of {p.round_trip_elements} differ, max {p.round_trip_max:.2g} |"
+        )
+    return "\n".join(lines)
+
+
+def save_sheet(rows: list[list[Tensor]], titles: list[str], path: Path, count: int = 32, across: int = 4) -> None:
+    """A contact sheet of `count` rows spread evenly over all, `across` of them side by side."""
+    step = max(1, len(rows) // count)
+    chosen = rows[::step][:count]
+    across = min(across, len(chosen))
+    lines = [sum(chosen[start : start + across], []) for start in range(0, len(chosen), across)]
+    zoom = max(1, 96 // chosen[0][0].shape[-1])
+    pictures = [[images.to_picture(pixels) for pixels in line] for line in lines]
+    images.save_picture(images.contact_sheet(pictures, titles * across, zoom), path)
+
+
+def write_report(result: Evaluation, how: TransferSettings, folder: Path) -> None:
+    """metrics.json, report.md and a contact sheet a direction."""
+    figures = {key: value for key, value in vars(result).items() if key not in ("sheets", "pairs")}
+    figures |= {"settings": asdict(how), "pairs": [asdict(pair) for pair in result.pairs]}
+    with written_whole(folder / "metrics.json") as beside:
+        beside.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    with written_whole(folder / "report.md") as beside:
+        beside.write_text(f"{how}\n\n{figures_table(result)}\n", encoding="utf-8")
+    for name, rows in result.sheets.items():
+        source, target = name.split("_to_")
+        titles = [source, f"as {target}"] + (["true pair"] if len(rows[0]) == 3 else [])
+        save_sheet(rows, titles, folder / f"{name}.png")
+
+
+#################################################################################
+#                                  The command                                  #
+#################################################################################
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("Measure a checkpoint on held-out pictures. --set inference.KEY=VALUE changes the settings.")
+    parser.add_argument("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py")
+    parser.add_argument("--data", required=True, type=Path, help="held-out pictures, one folder a style")
+    parser.add_argument(
+        "--train_data", type=Path, help="pictures the classifier learns from; by default data.raw_data_root"
+    )
+    parser.add_argument("--pairs", action="store_true", help="files of one name are one picture in every style")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the report")
+    parser.add_argument("--strength", type=float, default=1.0, help="0 keeps the picture, 1 is the full transfer")
+    parser.add_argument("--limit", type=int, help="at most this many test pictures a style")
+    add_device_flags(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    pipeline, trained = load_pipeline(args.checkpoint, pick_device(args.device))
+    config = config_from_dict(apply_overrides(config_to_dict(trained), args.overrides))
+    how = transfer_settings(config.inference, args.strength)
+    train_root = args.train_data or Path(config.data.raw_data_root)
+    result = evaluate(pipeline, train_root, args.data, how, args.pairs, args.limit)
+    write_report(result, how, args.output)
+    print(figures_table(result))
+    print(f"written to {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, build_parser())

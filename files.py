@@ -1,0 +1,61 @@
+"""Files appear whole or not at all, and what is read back is data, never code."""
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cli import UserError
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yields a path beside the target to write to; only when the block succeeds does it take the target's name.
+
+    The text before the suffix is kept out of the way (`.name.tmp123.png`), so that writers which look at the suffix
+    work, and so that no reader of the folder takes an unfinished file for a finished one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    try:
+        yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed `written_whole` left in `folder`."""
+    for leftover in folder.glob(".*.tmp*"):
+        leftover.unlink(missing_ok=True)
+
+
+def load_data(path: str | Path, what: str) -> Any:
+    """`torch.load` that runs no code from the file; `what` names the kind of file in the error."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a {what}")
+    if not path.exists():
+        raise UserError(f"{path}: no such {what}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a {what}: it holds more than plain data, and was not run") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: damaged or not a {what} ({reason})") from None
+
+
+def natural_order(name: str) -> tuple:
+    """Sort key under which user2 comes before user10; upper and lower case are told apart only at the end."""
+    return [
+        (not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name.lower())
+    ], name

@@ -1,0 +1,209 @@
+"""The latent store on disk: one `.pt` a picture, one `meta.json`; and batches from it.
+
+    data_root/meta.json                 what the latents are, which pictures are held out, their statistics
+    data_root/<style>/<name.jpg>.pt     {"latent": (C, h, w), "flipped": (C, h, w), "source": [bytes, mtime_ns]}
+
+Files hold the autoencoder's raw latents; the network sees them standardised per channel with the mean and deviation
+of the training split, which travel with the checkpoint as part of its `LatentSpec`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from cli import UserError
+from files import load_data, remove_unfinished, written_whole
+
+FORMAT = 1
+
+
+@dataclass
+class LatentSpec:
+    """What a model's latents are: the autoencoder they come from, their scale, and the meaning of each style id."""
+
+    autoencoder: str
+    channels: int
+    factor: int  # pixels a latent cell
+    image_size: int  # side of the training squares, pixels
+    styles: list[str]  # in id order
+    mean: list[float] = field(default_factory=list)  # per channel, of the training split
+    std: list[float] = field(default_factory=list)
+
+    def standardise(self, latents: Tensor) -> Tensor:
+        """Raw (B, C, h, w) -> mean 0, deviation 1 per channel."""
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def restore(self, latents: Tensor) -> Tensor:
+        """The inverse of `standardise`."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.tensor(values, device=like.device).view(-1, 1, 1) for values in (self.mean, self.std))
+
+    def style_id(self, style: str) -> int:
+        """The id of a style given by name, or by id as text."""
+        if style in self.styles:
+            return self.styles.index(style)
+        if style.isdigit() and int(style) < len(self.styles):
+            return int(style)
+        known = ", ".join(f"{number} = {name}" for number, name in enumerate(self.styles))
+        raise UserError(f"style {style!r} does not exist; there are: {known}")
+
+
+@dataclass
+class StoreMeta:
+    """The contents of meta.json. `complete` is false while preprocessing is under way."""
+
+    latents: LatentSpec
+    flip: bool
+    split: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "val": []})  # "<style>/<name>.pt"
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # pictures by style and split
+    complete: bool = False
+    format: int = FORMAT
+
+    def write(self, root: Path) -> None:
+        with written_whole(root / "meta.json") as beside:
+            beside.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+
+
+def read_meta(root: Path) -> StoreMeta | None:
+    """meta.json, or None where there is none; a damaged or foreign one is an error."""
+    path = root / "meta.json"
+    if not path.exists():
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree["format"] != FORMAT:
+            raise UserError(f"{path}: store format {tree['format']}, this program reads {FORMAT}; preprocess anew")
+        return StoreMeta(LatentSpec(**tree.pop("latents")), **tree)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and run preprocess_latents.py again") from None
+
+
+def open_store(root: Path) -> StoreMeta:
+    """The meta of a finished store, or an error that says which command makes one."""
+    meta = read_meta(root)
+    if meta is None:
+        raise UserError(f"{root}: no latent store here; run: python preprocess_latents.py")
+    if not meta.complete:
+        raise UserError(f"{root}: preprocessing was not finished; run python preprocess_latents.py again")
+    for style in meta.latents.styles:
+        if not (root / style).is_dir():
+            raise UserError(f"{root / style}: this style's folder has vanished; run preprocess_latents.py again")
+        if not meta.counts[style]["train"]:
+            raise UserError(f"{root / style}: the style has no training picture; add pictures and preprocess again")
+    return meta
+
+
+#################################################################################
+#                                  One picture                                  #
+#################################################################################
+
+
+def fingerprint(picture: Path) -> list[int]:
+    """What tells that a picture file has changed: its size in bytes and its time of change."""
+    status = picture.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: list[int]) -> None:
+    entry = {"latent": latent.cpu().clone(), "source": source}
+    if flipped is not None:
+        entry["flipped"] = flipped.cpu().clone()
+    with written_whole(path) as beside:
+        torch.save(entry, beside)
+
+
+def read_latent(path: Path) -> dict:
+    """A store entry, checked for its form."""
+    entry = load_data(path, "latent of the store")
+    if not isinstance(entry, dict) or not isinstance(entry.get("latent"), Tensor) or entry["latent"].ndim != 3:
+        raise UserError(f"{path}: not a latent of the store (a dict with 'latent' of shape (C, h, w))")
+    return entry
+
+
+def held_out(names: Iterable[str], fraction: float) -> set[str]:
+    """The names of the validation split: those whose hash falls below `fraction`, and at least one of two or more.
+
+    A hash, not a shuffle, so that adding pictures never moves one from validation to training.
+    """
+    rank = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
+    chosen = {name for name, value in rank.items() if value < fraction}
+    if fraction > 0 and not chosen and len(rank) > 1:
+        chosen = {min(rank, key=rank.get)}
+    return chosen
+
+
+#################################################################################
+#                                  The training data                            #
+#################################################################################
+
+
+@dataclass
+class LatentSplit:
+    """All latents of one split, in memory or memory-mapped."""
+
+    spec: LatentSpec
+    latents: np.ndarray  # (copies, n, C, h, w) float32, raw; copies is 2 where mirrored ones were stored
+    styles: Tensor  # (n,) int64
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.styles)
+
+    def batch(self, index: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Standardised latents (B, C, h, w) and styles (B,) of the pictures `index` (B,); mirrored (B,) bool."""
+        copy = torch.zeros_like(index) if mirrored is None or len(self.latents) == 1 else mirrored.long()
+        raw = torch.from_numpy(np.ascontiguousarray(self.latents[copy.numpy(), index.numpy()]))
+        return self.spec.standardise(raw), self.styles[index]
+
+
+def load_split(root: Path, meta: StoreMeta, split: str, memory_limit: int | None = None) -> LatentSplit:
+    """The split's latents: in memory where they fit `memory_limit` bytes (half of what is free), else memory-mapped
+    from one packed file, which is written once beside the store."""
+    names, spec = meta.split[split], meta.latents
+    side = spec.image_size // spec.factor
+    shape = (1 + meta.flip, len(names), spec.channels, side, side)
+    styles = torch.tensor([spec.styles.index(name.partition("/")[0]) for name in names], dtype=torch.int64)
+    limit = psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
+    if 4 * int(np.prod(shape)) <= limit:
+        latents = np.empty(shape, np.float32)
+        _fill(latents, root, names)
+    else:
+        latents = _packed(root, split, names, shape)
+    return LatentSplit(spec, latents, styles, names)
+
+
+def _fill(latents: np.ndarray, root: Path, names: list[str]) -> None:
+    for number, name in enumerate(names):
+        entry = read_latent(root / name)
+        copies = [entry[part] for part in ("latent", "flipped")[: len(latents)] if part in entry]
+        if len(copies) < len(latents) or any(copy.shape != latents.shape[2:] for copy in copies):
+            raise UserError(f"{root / name}: does not match meta.json; run preprocess_latents.py again")
+        for copy, tensor in enumerate(copies):
+            latents[copy, number] = tensor.numpy()
+
+
+def _packed(root: Path, split: str, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
+    """One `.npy` of the whole split, made anew when any of its files has changed."""
+    state = repr([(name, fingerprint(root / name)) for name in names] + [shape])
+    path = root / f"packed-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
+    if not path.exists():
+        for old in root.glob(f"packed-{split}-*.npy"):
+            old.unlink()
+        remove_unfinished(root)
+        with written_whole(path) as beside:
+            latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
+            _fill(latents, root, names)
+            latents.flush()
+    return np.load(path, mmap_mode="r")

@@ -1,0 +1,137 @@
+"""IsoNext: an isotropic ConvNeXt with adaptive group norm, the velocity field `v = model(x, t, style)`.
+
+    x (B, C, h, w) -> 3x3 conv -> N blocks at full resolution -> AdaGN -> 3x3 conv -> v (B, C, h, w)
+
+Fully convolutional: a model trained on one size runs on any other. The blocks follow ConvNeXt (Liu et al.,
+"A ConvNet for the 2020s", arXiv:2201.03545), the adaptive norm follows Dhariwal & Nichol (arXiv:2105.05233).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+#################################################################################
+#                            Time and style -> condition                        #
+#################################################################################
+
+
+class TimestepEmbedding(nn.Module):
+    """t (B,) in [0, 1] -> (B, dim): a sinusoid of 1000 t, then a two-layer MLP, all in float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # Periods from 2 pi to 10^4 * 2 pi in units of 1/1000: from the finest step of t to all of it.
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2))
+        self.register_buffer("frequencies", 1000 * frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.float()[:, None] * self.frequencies  # (B, dim / 2)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class AdaGN(nn.Module):
+    """GroupNorm without affine, then `(1 + scale) * x + shift` with scale and shift from the condition."""
+
+    def __init__(self, dim: int, cond_dim: int, num_groups: int) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.affine = nn.Linear(cond_dim, 2 * dim)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round scale, shift and the statistics
+            scale, shift = self.affine(cond)[:, :, None, None].chunk(2, dim=1)  # (B, D, 1, 1) each
+            y = F.group_norm(x.float(), self.num_groups)
+            return ((1 + scale) * y + shift).to(x.dtype)
+
+
+#################################################################################
+#                                  The network                                  #
+#################################################################################
+
+
+class Block(nn.Module):
+    """7x7 depthwise -> AdaGN -> pointwise D to 4D -> GELU -> pointwise 4D to D -> gated residual."""
+
+    def __init__(self, dim: int, cond_dim: int, kernel_size: int, num_groups: int, expansion: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.norm = AdaGN(dim, cond_dim, num_groups)
+        self.widen = nn.Linear(dim, expansion * dim)
+        self.narrow = nn.Linear(expansion * dim, dim)
+        self.gate = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x), cond)
+        y = y.permute(0, 2, 3, 1)  # (B, h, w, D): in channels_last memory a view, so a pointwise conv is one matmul
+        y = self.gate * self.narrow(F.gelu(self.widen(y)))
+        return x + y.permute(0, 3, 1, 2).to(x.dtype)
+
+
+class IsoNext(nn.Module):
+    """The velocity of the flow for every style at once.
+
+    forward: x (B, latent_channels, h, w), t (B,) in [0, 1], style (B,) int64 -> v like x, in float32.
+    Style `num_styles` is the null style, which stands for a dropped label. The output is zero at start.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,  # C, from the latent store
+        num_styles: int,  # the null style comes on top
+        hidden_dim: int = 384,  # D
+        num_layers: int = 12,  # N
+        kernel_size: int = 7,  # odd
+        style_dim: int = 256,
+        time_dim: int = 256,  # even
+        num_groups: int = 32,  # divides hidden_dim
+        expansion: int = 4,
+        gradient_checkpointing: bool = False,  # keep one tensor a block and recompute the rest backwards
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.null_style = num_styles
+        self.time = TimestepEmbedding(time_dim)
+        self.style = nn.Embedding(num_styles + 1, style_dim)
+        self.join = nn.Linear(time_dim + style_dim, time_dim)
+        self.stem = nn.Conv2d(latent_channels, hidden_dim, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            Block(hidden_dim, time_dim, kernel_size, num_groups, expansion) for _ in range(num_layers)
+        )
+        self.norm = AdaGN(hidden_dim, time_dim, num_groups)
+        self.head = nn.Conv2d(hidden_dim, latent_channels, 3, padding=1)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            if isinstance(module, AdaGN):  # a plain GroupNorm at start
+                nn.init.zeros_(module.affine.weight)
+            if isinstance(module, Block):  # near the identity at start, whatever the depth
+                nn.init.constant_(module.gate, 0.1)
+        nn.init.zeros_(self.head.weight)  # v = 0 at start: the loss begins at the data's own variance
+        nn.init.zeros_(self.head.bias)
+
+    def condition(self, t: Tensor, style: Tensor) -> Tensor:
+        """t (B,), style (B,) int64 -> (B, time_dim), in float32 whatever autocast says."""
+        with torch.autocast(t.device.type, enabled=False):
+            return F.silu(self.join(torch.cat([self.time(t), self.style(style)], dim=1)))
+
+    def forward(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
+        cond = self.condition(t, style)
+        h = self.stem(x)  # (B, D, h, w)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, cond, use_reentrant=False)
+            else:
+                h = block(h, cond)
+        return self.head(self.norm(h, cond)).float()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

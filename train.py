@@ -1,0 +1,404 @@
+"""Train the velocity field of all styles with the OT-CFM loss, on the latents that preprocess_latents.py wrote.
+
+python train.py                                  # config.json, one process, GPU or CPU
+python train.py --resume                         # go on from the newest checkpoint
+accelerate launch --num_processes 2 train.py     # the same run on two processes
+
+Randomness is a function of (seed, step): stopping and going on changes nothing.
+"""
+
+import argparse
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import images
+from autoencoder import load_autoencoder
+from checkpoint import (
+    EMA,
+    INTERRUPTED,
+    Checkpoint,
+    build_model,
+    epoch_checkpoints,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+)
+from cli import UserError, allow_tf32, autocast, new_parser, run, stop_signals
+from config import Config, TrainingConfig, load_config
+from flow import drop_labels, flow_loss, pair_noise, sample_time
+from latents import LatentSplit, load_split, open_store
+from logbook import Logbook
+from model import count_parameters
+from pipeline import Pipeline, transfer_settings
+
+#################################################################################
+#                 What is drawn at a step: a function of (seed, step)           #
+#################################################################################
+
+
+@dataclass
+class Batch:
+    x0: Tensor  # (B, C, h, w) noise
+    x1: Tensor  # (B, C, h, w) standardised latents
+    t: Tensor  # (B,)
+    style: Tensor  # (B,) int64, some of them the null style
+
+    def part(self, chosen: slice) -> "Batch":
+        return Batch(self.x0[chosen], self.x1[chosen], self.t[chosen], self.style[chosen])
+
+    def to(self, device: torch.device, channels_last: bool) -> "Batch":
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x0, x1 = (x.to(device, memory_format=layout, non_blocking=True) for x in (self.x0, self.x1))
+        return Batch(x0, x1, self.t.to(device), self.style.to(device))
+
+
+def seeded(seed: int, stream: str, number: int) -> torch.Generator:
+    """A CPU generator of its own for every (seed, stream, number): nothing to store, nothing to fast-forward."""
+    words = np.random.SeedSequence([seed, *stream.encode(), number]).generate_state(2)
+    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=seeded(seed, "order", epoch))
+
+
+def draw_batch(split: LatentSplit, training: TrainingConfig, step: int, null_style: int) -> Batch:
+    """The whole batch of optimiser step `step`; each process then takes its share of it."""
+    steps_per_epoch = len(split) // training.batch_size
+    epoch, place = divmod(step, steps_per_epoch)
+    order = epoch_order(training.seed, epoch, len(split))
+    index = order[place * training.batch_size : (place + 1) * training.batch_size]
+    generator = seeded(training.seed, "batch", step)
+    mirrored = torch.rand(len(index), generator=generator) < 0.5
+    x1, style = split.batch(index, mirrored)
+    x0 = torch.randn(x1.shape, generator=generator)
+    t = sample_time(len(index), training.time_sampling, generator)
+    if training.coupling == "ot":
+        x0 = pair_noise(x0, x1, style)
+    return Batch(x0, x1, t, drop_labels(style, training.label_drop_prob, null_style, generator))
+
+
+def learning_rate(training: TrainingConfig, step: int, total_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to zero at the last step, or constant."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    if training.lr_schedule == "constant":
+        return training.learning_rate
+    done = (step - training.warmup_steps) / max(1, total_steps - training.warmup_steps)
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+#################################################################################
+#                                    The run                                    #
+#################################################################################
+
+
+class Trainer:
+    """One training run: network, averaged network, optimizer, data, and where it stands."""
+
+    MAX_BAD_STEPS = 20  # non-finite steps in a row before the run stops
+
+    def __init__(self, config: Config, resume: str | None = None) -> None:
+        """`resume` is None for a new run, "newest", or the path of a checkpoint."""
+        self.config, training = config, config.training
+        self.folder = Path(config.checkpoint.save_dir)
+        self.accelerator = Accelerator(mixed_precision="no")  # autocast wraps the network alone, see `losses`
+        self.device = self.accelerator.device
+        allow_tf32(training.tf32)
+        root = Path(config.data.data_root)
+        meta = open_store(root)
+        self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
+        self.spec = meta.latents
+        self._check_sizes()
+
+        torch.manual_seed(training.seed)
+        layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        self.model = build_model(config, self.spec).to(self.device, memory_format=layout)
+        self.ema = EMA(self.model, training.ema_decay)
+        self.optimizer = make_optimizer(self.model, training)
+        self.step = self.bad_steps = self.skipped = 0
+        self._load(resume)
+        self.steps_per_epoch = len(self.train) // training.batch_size
+        self.total_steps = training.stage1_epochs * self.steps_per_epoch
+        if training.compile and self.step < self.total_steps:
+            self._compile()
+        self.network = self.accelerator.prepare_model(self.model)
+        self.quarter_sums = torch.zeros(2, 4, device=self.device)  # summed losses and counts by quarter of t
+
+    def _check_sizes(self) -> None:
+        batch, world = self.config.training.batch_size, self.accelerator.num_processes
+        if len(self.train) < batch:
+            raise UserError(
+                f"{self.config.data.data_root}: {len(self.train)} training pictures, fewer than one batch of {batch}; "
+                f"add pictures or use --set training.batch_size={max(1, len(self.train))}"
+            )
+        if batch % world:
+            raise UserError(f"training.batch_size = {batch} cannot be shared by {world} processes evenly")
+
+    def _load(self, resume: str | None) -> None:
+        if resume is None:
+            if epoch_checkpoints(self.folder) or (self.folder / INTERRUPTED).exists():
+                raise UserError(
+                    f"{self.folder}: holds the checkpoints of a run; go on with --resume, "
+                    "or start another with --set checkpoint.save_dir=FOLDER"
+                )
+            return
+        found = newest_checkpoint(self.folder) if resume == "newest" else (Path(resume), load_checkpoint(resume))
+        if found is None:
+            self.accelerator.print(f"{self.folder}: no checkpoint yet, starting from the beginning")
+            return
+        path, checkpoint = found
+        for name in ("autoencoder", "image_size", "styles"):
+            was, now = getattr(checkpoint.latents, name), getattr(self.spec, name)
+            if was != now:
+                raise UserError(f"{path}: was trained on latents of {name} {was}, the store has {now}")
+        # The statistics stay those of the start: the network's units must not move under it.
+        self.spec = self.train.spec = self.val.spec = checkpoint.latents
+        load_weights(self.model, checkpoint.model, path)
+        load_weights(self.ema.model, checkpoint.ema, path)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.step = checkpoint.step
+        self.accelerator.print(f"resumed from {path} at step {self.step}")
+
+    def _compile(self) -> None:
+        """Compile in place (weights keep their names); where that fails, warn and go on without."""
+        self.model.compile(dynamic=False)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.losses(self.model, self._share(self.step)[0]).mean().backward()
+        except Exception as error:  # no compiler, an unsupported platform: many types, one answer
+            self.model._compiled_call_impl = None
+            reason = str(error).strip().splitlines()[0]
+            self.accelerator.print(f"warning: torch.compile does not work here ({reason}); going on without it")
+        self.model.zero_grad()
+
+    #############################################################################
+    #                                 One step                                  #
+    #############################################################################
+
+    def _share(self, step: int) -> list[Batch]:
+        """This process's share of the batch of `step`, cut into micro-batches."""
+        training, accelerator = self.config.training, self.accelerator
+        batch = draw_batch(self.train, training, step, self.model.null_style)
+        own = batch.part(slice(accelerator.process_index, None, accelerator.num_processes))
+        size = min(training.micro_batch_size or len(own.t), len(own.t))
+        parts = [own.part(slice(start, start + size)) for start in range(0, len(own.t), size)]
+        return [part.to(self.device, training.channels_last) for part in parts]
+
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """(B,) the loss of each sample; only the network runs in BF16."""
+
+        def in_bf16(x: Tensor, t: Tensor, style: Tensor) -> Tensor:
+            with autocast(self.device, self.config.training.use_amp):
+                return network(x, t, style)
+
+        return flow_loss(in_bf16, batch.x0, batch.x1, batch.t, batch.style)
+
+    def train_step(self) -> float:
+        """One optimiser step; returns the gradient's norm before clipping. A non-finite one changes nothing."""
+        training = self.config.training
+        parts = self._share(self.step)
+        size = sum(len(part.t) for part in parts)
+        for number, part in enumerate(parts):
+            with nullcontext() if number == len(parts) - 1 else self.accelerator.no_sync(self.network):
+                losses = self.losses(self.network, part)
+                self.accelerator.backward(losses.sum() / size)
+            quarter = (part.t * 4).long().clamp(max=3)
+            self.quarter_sums[0].index_add_(0, quarter, losses.detach())
+            self.quarter_sums[1].index_add_(0, quarter, torch.ones_like(losses))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip or math.inf).item()
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(training, self.step, self.total_steps)
+            self.optimizer.step()
+            self.ema.update(self.model, self.step)
+            self.bad_steps = 0
+        else:
+            self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
+            self.quarter_sums.zero_()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return norm
+
+    #############################################################################
+    #                                 The loop                                  #
+    #############################################################################
+
+    def fit(self, stop: Callable[[], bool] = lambda: False, quiet: bool | None = None) -> None:
+        """Train to the last epoch, or until `stop()`; saves on the way and when stopped."""
+        main = self.accelerator.is_main_process
+        logbook = Logbook(self.folder, self.step) if main else None
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=quiet if main else True)
+        started, seen = time.perf_counter(), 0
+        while self.step < self.total_steps and not stop():
+            norm = self.train_step()
+            seen += self.config.training.batch_size
+            bar.update()
+            if self.bad_steps >= self.MAX_BAD_STEPS:
+                raise UserError(
+                    f"the loss was not finite {self.bad_steps} times in a row at step {self.step}; resume from the "
+                    "last checkpoint with a lower --set training.learning_rate or with --set training.use_amp=false"
+                )
+            if self.step % self.config.training.log_every_steps == 0:
+                numbers = self._numbers(norm, seen / (time.perf_counter() - started))
+                bar.set_postfix(loss=f"{numbers.get('loss', math.nan):.4f}", refresh=False)
+                if logbook:
+                    logbook.write(self.step, numbers)
+                started, seen = time.perf_counter(), 0
+            if self.step % self.steps_per_epoch == 0:
+                paused = time.perf_counter()
+                self._end_epoch(self.step // self.steps_per_epoch, logbook)
+                started += time.perf_counter() - paused
+        bar.close()
+        if self.step < self.total_steps and main:
+            self.save(self.folder / INTERRUPTED)
+            print(f"stopped at step {self.step}: saved {self.folder / INTERRUPTED}; go on with --resume")
+        if logbook:
+            logbook.close()
+
+    def _numbers(self, norm: float, rate: float) -> dict[str, float]:
+        """What is logged; the losses are means since the last call."""
+        sums, counts = self.accelerator.reduce(self.quarter_sums, "sum").tolist()
+        self.quarter_sums.zero_()
+        numbers = {"loss": sum(sums) / sum(counts)} if sum(counts) else {}
+        numbers |= {f"loss_t{q}": sums[q] / counts[q] for q in range(4) if counts[q]}
+        rate_now = learning_rate(self.config.training, self.step - 1, self.total_steps)
+        numbers |= {"epoch": self.step / self.steps_per_epoch, "lr": rate_now, "samples_per_s": rate}
+        numbers |= {"memory_gb": peak_memory_gb(self.device), "skipped_steps": self.skipped}
+        return numbers | ({"grad_norm": norm} if math.isfinite(norm) else {})
+
+    def _end_epoch(self, epoch: int, logbook: Logbook | None) -> None:
+        training = self.config.training
+        last = self.step == self.total_steps
+        if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or last):
+            logbook.write(self.step, self.validate())
+        if logbook and (epoch % training.save_every_epochs == 0 or last):
+            self.save(self.folder / f"stage1_epoch{epoch}.pt")
+            (self.folder / INTERRUPTED).unlink(missing_ok=True)
+            checkpoints = epoch_checkpoints(self.folder)
+            for old in checkpoints[: -(training.keep_checkpoints or len(checkpoints))]:
+                old.unlink()
+            self._preview(epoch)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The averaged network's loss on held-out latents, with noise and times that never change."""
+        total, count = 0.0, min(len(self.val), 512)
+        generator = seeded(self.config.training.seed, "validation", 0)
+        chosen = torch.randperm(len(self.val), generator=generator)[:count]
+        noise = torch.randn(count, *self.val.latents.shape[2:], generator=generator)
+        times = (torch.arange(count) + 0.5) / count  # spread evenly, so that few pictures suffice
+        for start in range(0, count, self.config.training.batch_size):
+            part = slice(start, start + self.config.training.batch_size)
+            x1, style = self.val.batch(chosen[part])
+            batch = Batch(noise[part], x1, times[part], style)
+            total += self.losses(self.ema.model, batch.to(self.device, self.config.training.channels_last)).sum().item()
+        return {"val_loss": total / count}
+
+    def save(self, path: Path) -> None:
+        """The whole state, in one file."""
+        Checkpoint(
+            config=self.config,
+            latents=self.spec,
+            step=self.step,
+            epoch=self.step // self.steps_per_epoch,
+            model=self.model.state_dict(),
+            ema=self.ema.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        ).save(path)
+
+    def _preview(self, epoch: int) -> None:
+        """A sheet of fixed validation pictures, each transferred to every style."""
+        split = self.val if len(self.val) else self.train
+        chosen = torch.cat([(split.styles == style).nonzero().flatten()[:3] for style in range(len(self.spec.styles))])
+        try:
+            codec = load_autoencoder(self.spec.autoencoder, self.device)
+        except UserError as error:
+            print(f"warning: no preview: {error}")
+            return
+        pipeline = Pipeline(self.ema.model, codec, self.spec, self.device, self.config.training.use_amp)
+        latents, sources = split.batch(chosen)
+        size, how = self.spec.image_size, transfer_settings(self.config.inference)
+        columns = [pipeline.decode(latents.to(self.device), size, size)]
+        for target in range(len(self.spec.styles)):
+            made = pipeline.transfer(latents, sources.to(self.device), target, how)
+            columns.append(pipeline.decode(made.latents, size, size))
+        rows = [[images.to_picture(pixels) for pixels in row] for row in zip(*columns, strict=True)]
+        sheet = images.contact_sheet(rows, ["held-out picture", *(f"as {style}" for style in self.spec.styles)])
+        images.save_picture(sheet, self.folder / f"preview_epoch{epoch}.png")
+
+
+def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, fused; weight decay on matrices and kernels only, not on biases, gates and embeddings."""
+    decayed = {name for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith("style.")}
+    groups = [
+        {
+            "params": [p for name, p in model.named_parameters() if name in decayed],
+            "weight_decay": training.weight_decay,
+        },
+        {"params": [p for name, p in model.named_parameters() if name not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """CUDA's peak of reserved memory; elsewhere what the process occupies now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+#################################################################################
+#                                  The command                                  #
+#################################################################################
+
+
+def train(config: Config, resume: str | None = None, quiet: bool | None = None) -> Trainer:
+    """Run (or go on with) the training that `config` describes; Ctrl-C and SIGTERM save first."""
+    with stop_signals() as stop:
+        trainer = Trainer(config, resume)
+        trainer.accelerator.print(
+            f"{count_parameters(trainer.model) / 1e6:.2f} M parameters, {len(trainer.train)} pictures in "
+            f"{len(trainer.spec.styles)} styles ({', '.join(trainer.spec.styles)}), {len(trainer.val)} held out, "
+            f"{trainer.total_steps} steps on {trainer.device}"
+        )
+        trainer.fit(stop, quiet)
+    return trainer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("Train the velocity field of all styles on a latent store.")
+    parser.add_argument("--config", default="config.json", help="the JSON config")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="CHECKPOINT",
+        help="go on from the newest checkpoint in checkpoint.save_dir, or from the one given",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    trainer = train(load_config(args.config, args.overrides), args.resume)
+    return 0 if trainer.step == trainer.total_steps else 130
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
