@@ -14,20 +14,21 @@ class UserError(Exception):
     """Bad input. Its one line says what was wrong, where, and what to do; the command exits with status 2."""
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    """An argparse parser with the flags that every command has."""
+def new_parser(description: str, config: bool = True) -> argparse.ArgumentParser:
+    """An argparse parser with the flags that every command has; `--set` where the command reads a config."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override one config key, e.g. --set training.learning_rate=1e-5 (may be repeated)",
-    )
+    if config:
+        parser.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="override one config key, e.g. --set training.learning_rate=1e-5 (may be repeated)",
+        )
     return parser
 
 

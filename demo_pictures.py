@@ -4,14 +4,16 @@ The seed alone composes a scene; both styles then read the same parts and the sa
 tone. So a pair differs in its hand and in nothing else, and a kind added to the table appears in both.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
+
+from images import save_picture
 
 STYLES = ("shaded", "ink")  # soft painted volumes; a pen on warm paper, hatching, a pale wash of colour
 SUPERSAMPLE = 4  # PIL's polygons have hard edges: draw this many times larger, then reduce
@@ -22,7 +24,7 @@ LIGHT_TINT = np.array([1.14, 1.09, 0.97])
 LIGHT = (-0.52, -0.58, 0.63)  # towards the lamp: x right, y down, z towards the viewer
 SHADOW_LEAN = (0.62, 0.2)  # a point at height 1 drops its shadow this far to the right and back
 FLAT_TONES = {"lit": 0.86, "plain": 0.66, "dim": 0.42, "dark": 0.24}  # 0 black, 0.72 neutral, 1 highlight
-PAINTS = "#d63e36 #ee8030 #f6be38 #80b042 #2a8e6a #2696ac #3468be #7654b0 #ce4e8c #f29296 #f0e2c0".split()
+PAINTS = "#d63e36 #ee8030 #f6be38 #80b042 #2a8e6a #2696ac #3468be #7654b0 #ce4e8c #f29296 #f0e2c0"
 FIXED = {"cream": "#f6ecd2", "wood": "#8e5c3c", "green": "#4c9650", "gold": "#ffd060", "black": "#342630"}
 BACKDROPS = [  # sky above, sky at the horizon, ground far, ground near, hills
     "#68aad6 #e2ecde #b6ca78 #70a04e #86b48c",  # meadow
@@ -38,6 +40,8 @@ BACKDROPS = [  # sky above, sky at the horizon, ground far, ground near, hills
 # "decal": lit as what lies beneath, "line": solid ink), curve, x y ... and, after a comma, more such areas.
 # It stands on y = 0, y up, centred on x = 0, about 1 high. A knot written twice makes a corner.
 KINDS_TABLE = """
+sun 0 0 | main lit ellipse 0 .5 .5 .5
+hill 0 0 | main plain smooth -1 0 -1 0 1 0 1 0 .55 .26 .15 .52 -.2 .5 -.6 .22
 ball .7 0 | main round ellipse 0 .5 .5 .5 | accent decal lathe 0 .27 .49 .4 .49 .4 .47 .67 .47 .67 0 .55
 present 0 0 | main lit sharp -.55 .62 -.05 .8 .52 .66 0 .46 | main plain sharp -.55 .62 0 .46 0 -.04 -.52 .12
   | main dark sharp 0 .46 .52 .66 .5 .16 0 -.04
@@ -48,27 +52,24 @@ vase .04 0 | green line sharp -.03 .5 .02 .5 -.19 .98 -.24 .98, -.02 .5 .03 .5 .
   | accent round ellipse -.26 .94 .18 .17, .28 .88 .17 .16, .02 1.08 .19 .18
   | gold line ellipse -.26 .94 .05 .05, .28 .88 .05 .05, .02 1.08 .05 .05
   | main tube lathe 0 -.02 .2 0 .37 .24 .3 .46 .15 .58 .2 .7 | main dark ellipse 0 .7 .2 .045
-  | accent decal lathe 0 .22 .37 .28 .37 .28 .33 .42 .33 .42 0 .36
-bottle .08 0 | main tube lathe 0 -.02 .25 0 .29 .03 .3 .46 .25 .6 .11 .72 .1 .92 .12 .95
-  | wood tube sharp -.08 .93 .08 .93 .08 1.05 -.08 1.05 | cream decal lathe 0 .1 .3 .14 .3 .14 .3 .42 .3 .42 0 .38
 mug 0 0 | main dim smooth .3 .7 .56 .66 .64 .44 .54 .2 .3 .12 .3 .26 .44 .32 .49 .44 .44 .54 .3 .56
   | main tube lathe 0 -.04 .3 0 .38 .08 .38 .8 .38 .8 | main lit ellipse 0 .8 .38 .1
   | accent decal lathe 0 .22 .38 .28 .38 .28 .38 .5 .38 .5 0 .44 | black line ellipse 0 .79 .28 .055
-apple .2 0 | main round lathe 0 .04 .18 0 .4 .2 .49 .56 .36 .8 .16 .86 0 .78 | main dark ellipse 0 .785 .12 .04
-  | wood line sharp -.03 .78 .03 .78 .09 1.02 .02 1.02 | green lit smooth .05 .88 .05 .88 .2 1.1 .48 1.06 .32 .88
+apple .2 0 | main round lathe 0 .04 .18 0 .4 .2 .49 .56 .36 .8 .16 .86 0 .78 | main dark ellipse 0 .78 .12 .04
+  | wood line sharp -.03 .78 .03 .78 .09 1 .02 1 | green lit smooth .05 .88 .05 .88 .2 1.1 .48 1.06 .32 .88
 pear .2 0 | main round lathe .12 0 .33 .07 .41 .28 .29 .54 .18 .78 .08 .93
   | wood line sharp -.03 .9 .03 .9 .07 1.12 0 1.12 | green plain smooth .02 1 .02 1 -.12 1.16 -.4 1.1 -.24 .95
 mushroom .12 0 | cream tube lathe 0 -.02 .2 0 .17 .06 .13 .3 .15 .55 | cream dark ellipse 0 .47 .4 .07
   | main round lathe 0 .47 .44 .42 .55 .5 .46 .78 .2 .98
   | cream decal ellipse -.2 .8 .11 .085, .16 .86 .08 .06, .3 .63 .1 .085, -.4 .57 .065 .075, -.02 .6 .075 .055
-house 0 0 | accent plain sharp .22 .8 .36 .82 .36 1.1 .22 1.08 | cream dim sharp .06 -.04 .54 .06 .54 .56 .06 .5
+house 0 0 | accent plain sharp .22 .8 .36 .82 .36 1.1 .22 1.1 | cream dim sharp .06 -.04 .54 .06 .54 .5 .06 .5
   | cream lit sharp -.5 .03 .06 -.04 .06 .5 -.22 .88 -.5 .52 | gold lit sharp .22 .19 .42 .22 .42 .41 .22 .39
   | main plain sharp -.22 .93 .36 .95 .64 .5 .1 .43 | main lit sharp -.22 .93 -.58 .48 -.5 .45 -.22 .8
   | accent dim sharp -.3 0 -.12 -.02 -.12 .32 -.3 .33
 tree 0 0 | wood tube lathe 0 -.02 .13 0 .13 0 .07 .2 .1 .5
   | main round ellipse .3 .54 .23 .2, -.3 .56 .24 .2, 0 .5 .22 .17, .22 .8 .23 .2, -.16 .84 .27 .23
 pine 0 0 | wood tube sharp -.09 0 .09 0 .09 .25 -.09 .25
-  | green tube lathe 0 .1 .48 .2 .48 .2 0 .72, 0 .39 .4 .48 .4 .48 0 .94, 0 .67 .3 .75 .3 .75 0 1.2 0 1.2
+  | green tube lathe 0 .1 .48 .2 .48 .2 0 .72, 0 .39 .4 .48 .4 .48 0 .94, 0 .67 .3 .75 .3 .75 0 1.15 0 1.15
 fish .35 .35 | accent plain smooth -.12 .58 -.12 .58 -.02 .86 .26 .78 .24 .54 .24 .54
   | accent dim smooth .28 .4 .28 .4 .64 .7 .64 .7 .55 .4 .64 .1 .64 .1
   | main round smooth -.54 .38 -.32 .62 .04 .67 .4 .43 .4 .37 .04 .13 -.32 .16
@@ -85,7 +86,7 @@ boat .1 0 | wood line sharp -.03 .3 .03 .3 .025 1.14 -.02 1.14
   | cream decal smooth -.62 .32 -.62 .32 0 .28 .62 .34 .62 .34 .58 .22 .58 .22 0 .16 -.57 .2 -.57 .2
 duck .12 0 | main round smooth -.34 .12 0 0 .36 .06 .54 .3 .6 .6 .6 .6 .38 .46 .1 .48 -.2 .46 -.42 .3
   | main plain smooth -.02 .36 .2 .4 .46 .4 .46 .4 .36 .18 .1 .14 | main round ellipse -.2 .7 .27 .26
-  | accent plain smooth -.38 .74 -.38 .74 -.66 .68 -.62 .58 -.38 .58 -.38 .58 | black line ellipse -.27 .78 .045 .055
+  | accent plain smooth -.38 .74 -.38 .74 -.66 .68 -.62 .58 -.38 .58 | black line ellipse -.27 .78 .045 .055
 cactus .05 0 | green round smooth .1 .5 .24 .46 .26 .74 .36 .84 .44 .72 .42 .42 .28 .34 .1 .38
   | green round smooth -.1 .62 -.22 .6 -.22 .8 -.32 .9 -.4 .8 -.38 .54 -.26 .46 -.1 .5
   | green tube lathe .16 .2 .16 .2 .17 .8 .1 1.02 | main tube sharp -.24 0 .24 0 .3 .3 -.3 .3
@@ -110,12 +111,12 @@ def _outline(curve: str, numbers: list[float]) -> np.ndarray:
     knots = np.reshape(numbers, (-1, 2))
     if curve == "lathe":  # the right half, from the bottom up, of something symmetric
         knots = np.concatenate([knots, knots[::-1][knots[::-1, 0] > 0] * [-1, 1]])
+    if curve == "sharp":
+        knots = np.repeat(knots, 2, axis=0)
     before, start, end, after = (np.roll(knots, shift, axis=0)[:, None] for shift in (1, 0, -1, -2))
     t = np.linspace(0, 1, 6, endpoint=False)[:, None]
     bend = (2 * before - 5 * start + 4 * end - after) * t**2 + (3 * (start - end) + after - before) * t**3
     arcs = start + 0.5 * ((end - before) * t + bend)  # Catmull-Rom
-    if curve == "sharp":
-        arcs = start + (end - start) * t
     return arcs[np.any(start != end, axis=(1, 2))].reshape(-1, 2)  # a doubled knot has no arc of its own
 
 
@@ -133,6 +134,7 @@ def _read_kinds(table: str) -> dict[str, tuple[float, float, list[Part]]]:
 
 
 KINDS = _read_kinds(KINDS_TABLE)
+SCENERY = ("sun", "hill")
 
 
 @dataclass(frozen=True)
@@ -168,43 +170,36 @@ class Scene:
 
     stage: np.ndarray  # (4, 3): sky above, sky at the horizon, ground far, ground near
     horizon: float
-    backdrop: list[Part]
-    things: list[Thing]  # from far to near
+    things: list[Thing]  # from far to near: a sun and hills, perhaps, then the objects
 
 
 def _compose(rng: np.random.Generator) -> Scene:
-    """A stage, perhaps a sun and hills, and one to four objects."""
+    """A stage, and one to four objects, each in a column of its own, in colours unlike the ground's."""
     *stage, hill = BACKDROPS[rng.integers(len(BACKDROPS))].split()
     stage = np.array([ImageColor.getrgb(colour) for colour in stage], np.float32)
     horizon = rng.uniform(0.5, 0.66)
-    behind = []
-    if rng.random() < 0.5:
-        x, y, radius = rng.uniform([0.12, 0.1, 0.06], [0.88, 0.28, 0.11])
-        behind.append(Part(_outline("ellipse", [x, y, radius, radius]), "#fff0b8", "lit"))
-    for _ in range(rng.integers(0, 3)):
-        x, width, height = rng.uniform([-0.1, 0.35, 0.08], [1.1, 0.7, 0.24])
-        turn = np.linspace(0, np.pi, 40)
-        outline = np.stack([x + width * np.cos(turn), horizon - height * np.sin(turn) ** 1.5], axis=1)
-        behind.append(Part(outline, hill, "plain"))
-    return Scene(stage, horizon, behind, _place(rng, horizon, stage[2:].mean(axis=0)))
-
-
-def _place(rng: np.random.Generator, horizon: float, ground: np.ndarray) -> list[Thing]:
-    """Objects, each in a column of its own, in colours that stand out from the ground."""
-    count = int(rng.integers(1, 5))
-    paints = [p for p in PAINTS if np.abs(np.subtract(ImageColor.getrgb(p), ground)).sum() > 110]
     things = []
-    for column, kind in enumerate(rng.choice(list(KINDS), count, replace=False).tolist()):
+    if rng.random() < 0.5:
+        x, y, size = rng.uniform([0.12, 0.18, 0.12], [0.88, 0.36, 0.22])
+        things.append(Thing("sun", x, y, size, 1, 0, 0, "#fff0b8", hill))
+    for _ in range(rng.integers(0, 3)):
+        x, size, stretch = rng.uniform([-0.1, 0.2, 1.2], [1.1, 0.45, 2.2])
+        things.append(Thing("hill", x, horizon, size, stretch, 0, 0, hill, hill))
+    ground = stage[2:].mean(axis=0)
+    paints = [p for p in PAINTS.split() if np.abs(ImageColor.getrgb(p) - ground).sum() > 110]
+    paints = rng.permutation(paints).tolist()
+    count = int(rng.integers(1, 5))
+    kinds = rng.choice([kind for kind in KINDS if kind not in SCENERY], count, replace=False).tolist()
+    for column, kind in enumerate(kinds):
         max_tilt, max_lift, _ = KINDS[kind]
         depth, shift, scale, stretch = rng.uniform([0, -0.15, 0.86, 0.88], [1, 0.15, 1.14, 1.14])
         size = (0.58, 0.49, 0.42, 0.36)[count - 1] * scale * (0.85 + 0.3 * depth)
         tilt, lift = rng.uniform(-max_tilt, max_tilt), rng.uniform(0, max_lift) * size
         x = 0.5 + (column + 0.5 - count / 2 + shift) / count * 0.84
-        y = max(horizon + 0.08 + (0.86 - horizon) * depth, 1.15 * size + lift)  # its top stays in the picture
-        things.append(
-            Thing(kind, x, y, size, stretch, tilt, lift, *rng.choice(paints, 2, replace=False).tolist())
-        )
-    return sorted(things, key=lambda thing: thing.y)
+        y = max(horizon + 0.08 + (0.86 - horizon) * depth, 1.15 * size + lift)  # its top stays in sight
+        main, accent = paints[column], paints[-1 - column]
+        things.append(Thing(kind, x, y, size, stretch, tilt, lift, main, accent))
+    return Scene(stage, horizon, sorted(things, key=lambda thing: thing.y))
 
 
 @lru_cache
@@ -232,7 +227,7 @@ def _layers(scene: Scene, side: int) -> tuple[Image.Image, Image.Image]:
     colour = Image.fromarray(np.uint8(column)[:, None]).resize((side, side))
     ground = (0.84 - 0.12 * along - 0.1 * along * x) * (1 - 0.72 * _cast_shadows(scene, side))
     tone = Image.fromarray(np.uint8(np.where(is_sky, 0.74, ground) * 255))
-    for part in scene.backdrop + [part for thing in scene.things for part in thing.parts]:
+    for part in chain.from_iterable(thing.parts for thing in scene.things):
         xy = part.outline * side
         ImageDraw.Draw(colour).polygon(xy.ravel().tolist(), fill=part.colour)
         if part.shade not in ("decal", "line"):
@@ -248,7 +243,7 @@ def _cast_shadows(scene: Scene, side: int) -> np.ndarray:
     """Every object's silhouette laid along the ground, away from the light: (side, side), 1 in shadow."""
     small = side // 4  # soft anyway, and sixteen times cheaper
     shadow = Image.new("L", (small, small))
-    for thing in scene.things:
+    for thing in (thing for thing in scene.things if thing.kind not in SCENERY):
         foot = _outline("ellipse", [thing.x, thing.y, 0.36 * thing.size, 0.06 * thing.size])
         for outline in [foot] + [part.outline for part in thing.parts]:
             height = thing.y - outline[:, 1:]
@@ -273,7 +268,7 @@ def _reduced(image: Image.Image, size: int) -> np.ndarray:
 def _render_shaded(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     """Colour times light: shadows turn cool, highlights warm, and a brush leaves its streaks. In [0, 255]."""
     colour, tone = (_reduced(layer, size) for layer in _layers(scene, size * SUPERSAMPLE))
-    tone = tone + 0.025 * _noise(rng, size // 3, size // 9, size)[..., None]
+    tone = tone + 0.025 * _noise(rng, 1 + size // 3, 1 + size // 9, size)[..., None]
     gloom = np.clip(1 - tone / 0.72, 0, 1) ** 1.1
     glow = np.clip((tone - 0.72) / 0.28, 0, 1)
     shine = np.clip((tone - 0.92) / 0.08, 0, 1) ** 1.5
@@ -312,27 +307,25 @@ def _hatching(tone: np.ndarray, nib: float, rng: np.random.Generator) -> np.ndar
 
 
 def _pen_lines(scene: Scene, side: int, nib: float, rng: np.random.Generator) -> np.ndarray:
-    """Visible outlines, (side, side) uint8: silhouettes in a full line, parts and backdrop in a finer one."""
+    """Visible outlines, (side, side) uint8: bolder the nearer, and silhouettes bolder than what is inside."""
     sheet = Image.new("L", (side, side))
     draw = ImageDraw.Draw(sheet)
-    edge = np.stack([np.linspace(1.1, -0.1, 30), np.full(30, scene.horizon)], axis=1)
-    ground = Part(np.concatenate([edge, [[-0.1, 1.2], [1.1, 1.2]]]), "", "plain")
-    for part in [*scene.backdrop, ground]:
-        _trace(draw, part, side, 0.65 * nib, rng)
+    ground = _outline("sharp", [-0.1, scene.horizon, 1.1, scene.horizon, 1.1, 1.2, -0.1, 1.2])
+    _trace(draw, ground * side, 0.65 * nib, rng)
     for thing in scene.things:
+        width = nib * min(1, 0.5 + 0.6 * thing.y)
         for part in thing.parts:
-            draw.polygon(_offset(part.outline * side, 0.75 * nib), fill=255)
+            draw.polygon(_offset(part.outline * side, 0.75 * width), fill=255)
         for part in thing.parts:
-            _trace(draw, part, side, 0.7 * nib, rng)
+            if part.shade == "line":
+                draw.polygon((part.outline * side).ravel().tolist(), fill=255)
+            else:
+                _trace(draw, part.outline * side, 0.7 * width, rng)
     return np.asarray(sheet)
 
 
-def _trace(draw: ImageDraw.ImageDraw, part: Part, side: int, width: float, rng: np.random.Generator) -> None:
+def _trace(draw: ImageDraw.ImageDraw, xy: np.ndarray, width: float, rng: np.random.Generator) -> None:
     """A wobbly line that swells and thins, and nothing inside it: what lies behind is wiped out."""
-    xy = part.outline * side
-    if part.shade == "line":
-        draw.polygon(xy.ravel().tolist(), fill=255)
-        return
     turn = np.linspace(0, 2 * np.pi, len(xy), endpoint=False)
     wave = np.sin([[2], [5], [3], [7]] * turn + rng.uniform(0, 2 * np.pi, (4, 1)))
     wobble = width * (0.2 * wave[0] + 0.15 * wave[1])
@@ -372,16 +365,13 @@ def draw_folders(
     for index, style in enumerate(STYLES):
         for split, count, residue in (("train", num_train, index + 1), ("test", num_test, 0)):
             folder = root / split / style
-            folder.mkdir(parents=True, exist_ok=True)
             for number in range(1, count + 1):
                 path = folder / f"{number:05d}.png"
                 if not _is_whole(path, size):
-                    beside = folder / f".{path.name}.part"
                     seed = number * (len(STYLES) + 1) + residue  # residues keep the seeds disjoint
-                    draw_scene(seed, style, size).save(beside, format="PNG")
-                    os.replace(beside, path)
+                    save_picture(draw_scene(seed, style, size), path)
                 if progress is not None:
-                    progress(number)
+                    progress(1)
 
 
 def _is_whole(path: Path, size: int) -> bool:

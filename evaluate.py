@@ -8,7 +8,7 @@ python evaluate.py --checkpoint checkpoints/stage1_epoch200.pt --data raw_data/t
 import argparse
 import json
 from dataclasses import asdict, dataclass
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 
 import torch
@@ -190,7 +190,7 @@ def save_sheet(rows: list[list[Tensor]], titles: list[str], path: Path, count: i
     step = max(1, len(rows) // count)
     chosen = rows[::step][:count]
     across = min(across, len(chosen))
-    lines = [sum(chosen[start : start + across], []) for start in range(0, len(chosen), across)]
+    lines = [list(chain(*chosen[start : start + across])) for start in range(0, len(chosen), across)]
     zoom = max(1, 96 // chosen[0][0].shape[-1])
     pictures = [[images.to_picture(pixels) for pixels in line] for line in lines]
     images.save_picture(images.contact_sheet(pictures, titles * across, zoom), path)

@@ -48,7 +48,7 @@ def find_jobs(source: Path, output: Path) -> list[Job]:
     """A file to a file, or every picture below a folder to the same name below another."""
     if not source.exists():
         raise UserError(f"--input {source}: no such file or folder")
-    if source.is_dir() and output.resolve().is_relative_to(source.resolve()) or output.resolve() == source.resolve():
+    if output.resolve().is_relative_to(source.resolve()):  # the same file, the same folder, or one inside it
         raise UserError(f"--output {output}: lies on or in --input, which would be overwritten; choose another place")
     if not source.is_dir():
         if output.is_dir():

@@ -1,0 +1,73 @@
+"""Everything end to end, on pictures drawn by code: draw, preprocess, train, transfer, measure. No download.
+
+python demo.py        # a few minutes on 2 CPU cores; run again after a stop, it goes on where it was
+
+It leaves in outputs/demo: shaded_to_ink.png and ink_to_shaded.png (source, transfer, true pair), losses.png, and the
+report of evaluate.py. The functions are those of the everyday commands; only the pictures are the demo's own.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoint import epoch_checkpoints
+from cli import UserError, new_parser, pick_device, run
+from config import load_config
+from demo_pictures import draw_folders
+from evaluate import evaluate, figures_table, write_report
+from logbook import plot_losses
+from pipeline import load_pipeline, transfer_settings
+from preprocess_latents import preprocess, print_report
+from train import train
+
+NUM_TRAIN, NUM_TEST = 900, 64  # pictures a style
+
+
+def main(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    config = load_config(args.config, args.overrides)
+    pictures = Path(config.data.raw_data_root).parent
+    output = Path(config.checkpoint.save_dir).parent
+    device = pick_device("auto")
+
+    print(f"1/4  drawing two worlds of {NUM_TRAIN} pictures and {NUM_TEST} known pairs in {pictures}")
+    with tqdm(total=2 * (NUM_TRAIN + NUM_TEST), unit="picture", disable=None) as bar:
+        draw_folders(
+            pictures,
+            num_train=NUM_TRAIN,
+            num_test=NUM_TEST,
+            size=config.data.image_size,
+            progress=lambda n: bar.update(n),
+        )
+    print("2/4  preprocess_latents.py: pictures to latents")
+    print_report(preprocess(config, device), Path(config.data.data_root))
+    print("3/4  train.py: the velocity field of both styles")
+    trainer = train(config, resume="newest")
+    if trainer.step < trainer.total_steps:
+        return 130
+    print("4/4  evaluate.py: transfer the test pictures both ways and measure")
+    checkpoints = epoch_checkpoints(Path(config.checkpoint.save_dir))
+    if not checkpoints:
+        raise UserError(f"{config.checkpoint.save_dir}: no checkpoint was written; delete {output} and run again")
+    pipeline, _ = load_pipeline(checkpoints[-1], device)
+    how = transfer_settings(config.inference)
+    result = evaluate(pipeline, Path(config.data.raw_data_root), pictures / "test", how, pairs=True)
+    write_report(result, how, output)
+    plot_losses(Path(config.checkpoint.save_dir) / "metrics.jsonl", output / "losses.png")
+
+    print(f"\n{figures_table(result)}\n")
+    sheets = ", ".join(str(output / f"{name}.png") for name in result.sheets)
+    print(f"look at {sheets} and {output / 'losses.png'}   ({time.perf_counter() - started:.0f} s)")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("Draw two styles, train a flow, transfer and measure: everything end to end, in minutes.")
+    parser.add_argument("--config", default=Path(__file__).parent / "configs" / "demo.json", help="the JSON config")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
