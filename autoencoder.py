@@ -79,7 +79,7 @@ class DctCodec(nn.Module):
     always means the same thing. At c = 3 f^2 nothing is lost; below, what is dropped is fine detail.
     """
 
-    COLOUR_ENERGY = (1.0, 0.12, 0.12)  # Y, Cb, Cr: their shares of the energy, roughly, in photographs
+    COLOUR_ENERGY = (1.0, 0.02, 0.02)  # Y, Cb, Cr: colour carries a few hundredths of the energy of pictures
 
     def __init__(self, name: str) -> None:
         super().__init__()

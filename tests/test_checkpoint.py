@@ -1,0 +1,234 @@
+import dataclasses
+
+import pytest
+import torch
+
+from checkpoint import (
+    EMA,
+    INTERRUPTED,
+    Checkpoint,
+    build_model,
+    epoch_checkpoints,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    newest_checkpoint,
+)
+from cli import UserError
+from latents import LatentSpec
+
+SPEC = LatentSpec("dct:f4c12", 12, 4, 16, ["ink", "oil"], mean=[0.5] * 12, std=[2.0] * 12)
+
+
+@pytest.fixture
+def config(make_config, tmp_path):
+    return make_config(tmp_path)
+
+
+@pytest.fixture
+def made(config) -> Checkpoint:
+    """A checkpoint after one step of AdamW, its average unlike its weights."""
+    torch.manual_seed(0)
+    model = build_model(config, SPEC)
+    ema = EMA(model, 0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    (model(torch.randn(2, 12, 4, 4), torch.rand(2), torch.tensor([0, 2])) - 1).square().sum().backward()
+    optimizer.step()
+    ema.update(model, 0)
+    return Checkpoint(config, SPEC, 7, 3, model.state_dict(), ema.model.state_dict(), optimizer.state_dict())
+
+
+def flat(tree, name: str = "") -> dict:
+    """Nested dicts and lists -> {path: leaf}."""
+    if isinstance(tree, dict | list | tuple):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {path: leaf for key, value in pairs for path, leaf in flat(value, f"{name}/{key}").items()}
+    return {name: tree}
+
+
+def assert_same(one, other) -> None:
+    one, other = flat(one), flat(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        equal = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        assert equal, name
+
+
+#################################################################################
+#                                  Save and load                                #
+#################################################################################
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(made, tmp_path):
+    made.save(tmp_path / "a.pt")
+    back = load_checkpoint(tmp_path / "a.pt")
+    assert (back.config, back.latents, back.step, back.epoch) == (made.config, made.latents, 7, 3)
+    for part in ("model", "ema", "optimizer"):
+        assert_same(getattr(back, part), getattr(made, part))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_checkpoint_is_data_that_loads_with_weights_only(made, tmp_path):
+    made.save(tmp_path / "a.pt")
+    tree = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert tree["latents"] == dataclasses.asdict(SPEC)
+    assert tree["config"]["model"]["hidden_dim"] == 16
+    assert (tree["format"], tree["step"], tree["epoch"]) == (1, 7, 3)
+
+
+def test_the_network_of_a_checkpoint_is_the_averaged_one(made, tmp_path, cpu):
+    model = load_model(made, tmp_path / "a.pt", cpu)
+    assert_same(dict(model.state_dict()), dict(made.ema))
+    assert not torch.equal(model.head.weight, made.model["head.weight"])
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree.update(format=99), "checkpoint format 99, this program reads 1"),
+        (lambda tree: tree.pop("format"), "not a checkpoint of train.py"),
+        (lambda tree: tree.pop("ema"), "entries missing or unknown: ema"),
+        (lambda tree: tree.update(extra=1), "entries missing or unknown: extra"),
+        (lambda tree: tree["config"]["model"].update(hiden=1), "unknown key model.hiden"),
+    ],
+)
+def test_a_checkpoint_of_another_form_is_refused_in_one_line(made, tmp_path, change, message):
+    path = tmp_path / "a.pt"
+    made.save(path)
+    tree = torch.load(path, weights_only=True)
+    change(tree)
+    torch.save(tree, path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"latent": torch.zeros(1, 2, 2)}, torch.zeros(3), "text"])
+def test_another_file_of_torch_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: not a checkpoint of train\.py"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused_in_one_line(made, tmp_path, share):
+    path = tmp_path / "a.pt"
+    made.save(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=r"a\.pt: .*checkpoint") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: w.pop("head.bias"), "1 weights .*head.bias"),
+        (lambda w: w.update({"head.extra": torch.zeros(1)}), "1 weights .*head.extra"),
+        (lambda w: w.update({"head.bias": torch.zeros(13)}), "1 weights .*head.bias"),
+        (lambda w: [w.update({f"_orig_mod.{name}": w.pop(name)}) for name in list(w)], "weights missing, extra"),
+    ],
+)
+def test_a_missing_an_extra_and_a_misshapen_weight_are_named_and_nothing_is_loaded(config, made, change, named):
+    model = build_model(config, SPEC)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = dict(made.model)
+    change(weights)
+    with pytest.raises(UserError, match=f"there.pt: .*{named}"):
+        load_weights(model, weights, "there.pt")
+    assert_same(dict(model.state_dict()), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.latent_channels": 4}, "model.latent_channels = 4, but the latents have 12"),
+        ({"model.num_styles": 3}, "model.num_styles = 3, but the latents have 2"),
+        ({"data.num_classes": 5}, "data.num_classes = 5, but the latents have 2 styles"),
+    ],
+)
+def test_a_count_that_disagrees_with_the_latents_is_an_error(make_config, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        build_model(make_config(tmp_path, changes), SPEC)
+
+
+def test_counts_come_from_the_latents_or_agree_with_them(make_config, tmp_path):
+    agreeing = {"model.latent_channels": 12, "model.num_styles": 2, "data.num_classes": 2}
+    for changes in ({}, agreeing):
+        model = build_model(make_config(tmp_path, changes), SPEC)
+        assert model.stem.weight.shape == (16, 12, 3, 3)
+        assert model.null_style == 2 and model.style.weight.shape == (3, 8)
+
+
+#################################################################################
+#                                    Average                                    #
+#################################################################################
+
+
+def test_the_average_warms_up_as_by_hand_and_moves_towards_the_weights():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = EMA(model, 0.9995)
+    expected = 0.0
+    for step, weight, decay in [(0, 1.0, 1 / 10), (1, 3.0, 2 / 11), (2, -1.0, 3 / 12)]:
+        torch.nn.init.constant_(model.weight, weight)
+        ema.update(model, step)
+        distance = abs(expected - weight)
+        expected = decay * expected + (1 - decay) * weight
+        assert ema.model.weight.item() == pytest.approx(expected, abs=1e-6)
+        assert abs(ema.model.weight.item() - weight) < distance
+    assert model.weight.item() == -1.0, "the weights themselves stay"
+
+
+def test_after_the_warm_up_the_decay_is_the_configs():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = EMA(model, 0.75)
+    torch.nn.init.ones_(model.weight)
+    ema.update(model, 10**6)
+    assert ema.model.weight.item() == pytest.approx(0.25, abs=1e-6)
+
+
+#################################################################################
+#                                   The newest                                  #
+#################################################################################
+
+
+def save_at(made: Checkpoint, path, step: int) -> None:
+    dataclasses.replace(made, step=step).save(path)
+
+
+def test_epochs_are_ordered_by_number_and_other_files_are_passed_by(tmp_path):
+    others = ["stage1_epochX.pt", "stage1_epoch3.pt.bak", ".stage1_epoch8.tmp5.pt", "stage1_epoch4.png"]
+    for name in ["stage1_epoch10.pt", "stage1_epoch9.pt", "stage1_epoch100.pt", *others]:
+        (tmp_path / name).touch()
+    assert [path.name for path in epoch_checkpoints(tmp_path)] == [f"stage1_epoch{n}.pt" for n in (9, 10, 100)]
+
+
+@pytest.mark.parametrize(("interrupted_at", "expected"), [(50, "stage1_epoch10.pt"), (105, INTERRUPTED)])
+def test_the_newest_is_the_one_with_the_most_steps(made, tmp_path, interrupted_at, expected):
+    for epoch in (9, 10):
+        save_at(made, tmp_path / f"stage1_epoch{epoch}.pt", 10 * epoch)
+    save_at(made, tmp_path / INTERRUPTED, interrupted_at)
+    path, found = newest_checkpoint(tmp_path)
+    assert path.name == expected
+    assert found.step == max(100, interrupted_at)
+
+
+def test_a_damaged_newest_is_passed_over_with_a_warning(made, tmp_path, capsys):
+    for epoch in (8, 9):
+        save_at(made, tmp_path / f"stage1_epoch{epoch}.pt", 10 * epoch)
+    whole = (tmp_path / "stage1_epoch9.pt").read_bytes()
+    (tmp_path / "stage1_epoch10.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / INTERRUPTED).write_bytes(b"")
+    path, found = newest_checkpoint(tmp_path)
+    assert (path.name, found.step) == ("stage1_epoch9.pt", 90)
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.startswith("warning: passed over ") for line in warnings] == [True, True]
+    assert "stage1_epoch10.pt" in "".join(warnings)
+
+
+def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "none") is None

@@ -1,0 +1,273 @@
+"""The flow against hand-written numbers: path, loss, sampling of t, label drop, noise pairing, guidance."""
+
+from collections import Counter
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from flow import Field, drop_labels, flow_loss, pair_noise, path, sample_time
+from model import IsoNext
+
+X0 = torch.tensor([[1.0, 2.0], [0.0, -4.0]])
+X1 = torch.tensor([[5.0, -2.0], [8.0, 4.0]])
+T = torch.tensor([0.25, 0.75])
+V = torch.tensor([[4.0, -4.0], [8.0, 8.0]])  # X1 - X0
+
+quick = settings(deadline=None, max_examples=40)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+#################################################################################
+#                                  Path and loss                                #
+#################################################################################
+
+
+def test_path_is_one_minus_t_times_x0_plus_t_times_x1_and_v_is_x1_minus_x0():
+    xt, v = path(X0, X1, T)
+    assert torch.equal(xt, torch.tensor([[2.0, 1.0], [6.0, 2.0]]))
+    assert torch.equal(v, V)
+
+
+def test_path_starts_at_noise_and_ends_at_data_in_every_dimension():
+    x0, x1 = torch.randn(2, 2, 3, 4, 5, generator=generator())
+    xt, _ = path(x0, x1, torch.tensor([0.0, 1.0]))
+    assert torch.equal(xt[0], x0[0])
+    assert torch.equal(xt[1], x1[1])
+
+
+@quick
+@given(seed=st.integers(0, 1000), a=st.floats(0, 1), b=st.floats(0, 1))
+def test_velocity_is_the_slope_of_the_path(seed, a, b):
+    x0, x1 = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=generator(seed))
+    at_a, v = path(x0, x1, torch.full((3,), a, dtype=torch.float64))
+    at_b, _ = path(x0, x1, torch.full((3,), b, dtype=torch.float64))
+    torch.testing.assert_close(at_b - at_a, (b - a) * v, rtol=0, atol=1e-14)  # a few float64 roundings of numbers < 10
+
+
+def test_loss_is_each_samples_mean_squared_error_at_xt_t_and_style():
+    def model(x, t, style):  # sees all three: (2, 1) + 0.25 + 1 and (6, 2) + 0.75 + 2
+        return x + t[:, None] + style[:, None]
+
+    loss = flow_loss(model, X0, X1, T, torch.tensor([1, 2]))
+    # errors (-0.75, 6.25) and (0.75, -3.25)
+    assert torch.equal(loss, torch.tensor([19.8125, 5.5625]))
+
+
+def test_loss_is_float32_when_the_network_answers_in_bf16():
+    loss = flow_loss(lambda x, t, style: torch.ones_like(x, dtype=torch.bfloat16), X0, X1, T, torch.tensor([0, 0]))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, torch.tensor([17.0, 49.0]))  # (9 + 25) / 2, 49
+
+
+def test_loss_at_zero_output_is_the_mean_square_of_the_target():
+    loss = flow_loss(lambda x, t, style: torch.zeros_like(x), X0, X1, T, torch.tensor([0, 0]))
+    assert torch.equal(loss, torch.tensor([16.0, 64.0]))
+
+
+#################################################################################
+#                               Times and labels                                #
+#################################################################################
+
+DRAWS = 100_000
+
+
+def test_uniform_times_have_mean_a_half_and_variance_a_twelfth():
+    t = sample_time(DRAWS, "uniform", generator()).double()
+    five_sigma = 5 / DRAWS**0.5
+    assert abs(t.mean() - 1 / 2) < five_sigma * (1 / 12) ** 0.5
+    assert abs(t.var() - 1 / 12) < five_sigma * (1 / 80 - 1 / 144) ** 0.5  # fourth central moment 1 / 80
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantile"),
+    [("uniform", stats.uniform.ppf), ("logit_normal", lambda q: 1 / (1 + 2.718281828459045 ** -stats.norm.ppf(q)))],
+)
+@pytest.mark.parametrize("q", [0.01, 0.25, 0.5, 0.75, 0.99])
+def test_times_have_the_quantiles_of_their_distribution(kind, quantile, q):
+    t = sample_time(DRAWS, kind, generator(1))
+    below = (t < quantile(q)).double().mean()
+    assert abs(below - q) < 5 * (q * (1 - q) / DRAWS) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+def test_times_lie_in_the_unit_interval_and_follow_from_the_generator(kind):
+    t = sample_time(1000, kind, generator(2))
+    assert (t >= 0).all()
+    assert (t < 1).all()
+    assert torch.equal(t, sample_time(1000, kind, generator(2)))
+    assert not torch.equal(t, sample_time(1000, kind, generator(3)))
+
+
+def test_unknown_time_sampling_is_named():
+    with pytest.raises(ValueError, match="beta"):
+        sample_time(3, "beta", generator())
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+def test_labels_are_dropped_at_the_given_rate(probability):
+    style = torch.arange(10_000) % 3
+    dropped = (drop_labels(style, probability, 3, generator()) == 3).sum().item()
+    low, high = (
+        stats.binom.interval(1 - 1e-6, len(style), probability) if 0 < probability < 1 else [1e4 * probability] * 2
+    )
+    assert low <= dropped <= high
+
+
+@quick
+@given(seed=st.integers(0, 1000), probability=st.floats(0, 1))
+def test_labels_are_kept_or_become_the_null_style_and_nothing_else(seed, probability):
+    style = torch.randint(0, 4, (64,), generator=generator(seed))
+    kept = drop_labels(style, probability, 4, generator(seed + 1))
+    assert kept.dtype == torch.int64
+    assert ((kept == style) | (kept == 4)).all()
+
+
+#################################################################################
+#                                 Noise pairing                                 #
+#################################################################################
+
+
+def integer_batch(styles, seed):
+    """Small whole numbers, so that every squared distance is exact."""
+    x0, x1 = torch.randint(-9, 10, (2, len(styles), 2, 1, 2), generator=generator(seed)).float()
+    return x0, x1, torch.tensor(styles)
+
+
+styles_of_a_batch = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+
+
+@quick
+@given(styles=styles_of_a_batch, seed=st.integers(0, 1000))
+def test_pairing_reaches_the_least_total_squared_distance_within_each_style(styles, seed):
+    x0, x1, style = integer_batch(styles, seed)
+    paired = pair_noise(x0, x1, style)
+    for label in set(styles):
+        noise, data = x0[style == label], x1[style == label]
+        least = min((noise[list(p)] - data).square().sum().item() for p in permutations(range(len(noise))))
+        assert (paired[style == label] - data).square().sum().item() == least
+
+
+@quick
+@given(styles=styles_of_a_batch, seed=st.integers(0, 1000))
+def test_pairing_only_permutes_noise_and_never_across_styles(styles, seed):
+    x0, x1, style = integer_batch(styles, seed)
+    before = x0.clone(), x1.clone()
+    paired = pair_noise(x0, x1, style)
+
+    def rows(x, label):
+        return Counter(tuple(row) for row in x[style == label].flatten(1).tolist())
+
+    assert all(rows(paired, label) == rows(x0, label) for label in set(styles))
+    assert torch.equal(x0, before[0])
+    assert torch.equal(x1, before[1])
+
+
+def test_pairing_does_not_take_the_nearer_noise_of_another_style():
+    x0, x1 = torch.tensor([[0.0], [9.0]]), torch.tensor([[9.0], [0.0]])
+    assert torch.equal(pair_noise(x0, x1, torch.tensor([0, 1])), x0)
+    assert torch.equal(pair_noise(x0, x1, torch.tensor([1, 1])), x1)
+
+
+#################################################################################
+#                                    Guidance                                   #
+#################################################################################
+
+CHANNEL = torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1)
+X = torch.arange(12.0).view(2, 3, 1, 2)
+STYLE, REFERENCE = torch.tensor([3, 0]), torch.tensor([1, 2])
+
+
+class Affine:
+    """v = x + t + style * channel weight: another number for every channel, style and time. Remembers its calls."""
+
+    def __init__(self):
+        self.batches, self.times = [], []
+
+    def __call__(self, x, t, style):
+        self.batches.append(len(x))
+        self.times.append(t)
+        return x + t.view(-1, 1, 1, 1) + style.view(-1, 1, 1, 1) * CHANNEL
+
+
+def expected(t, first, second):
+    """The affine field with the styles replaced by these weights, one a picture."""
+    return X + t + torch.tensor([first, second]).view(2, 1, 1, 1) * CHANNEL
+
+
+@pytest.mark.parametrize("reference", [None, REFERENCE])
+def test_scale_one_is_the_conditional_in_one_forward(reference):
+    model = Affine()
+    field = Field(model, STYLE, 1.0, reference)
+    assert torch.equal(field(X, 0.5), expected(0.5, 3.0, 0.0))
+    assert model.batches == [2]
+    assert field.nfe == 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "first", "second"),
+    [(2.5, 6.0, -3.0), (0.5, 2.0, 1.0), (0.0, 1.0, 2.0)],  # 3 + (w - 1) (3 - 1) and 0 + (w - 1) (0 - 2)
+)
+def test_guidance_moves_every_channel_away_from_the_reference_in_one_doubled_batch(scale, first, second):
+    model = Affine()
+    field = Field(model, STYLE, scale, REFERENCE)
+    assert torch.equal(field(X, 0.5), expected(0.5, first, second))
+    assert model.batches == [4]
+    assert field.nfe == 2
+
+
+@pytest.mark.parametrize(("t", "inside"), [(0.125, False), (0.25, True), (0.5, True), (0.75, True), (0.875, False)])
+def test_guidance_acts_inside_its_closed_interval_and_costs_one_forward_outside(t, inside):
+    model = Affine()
+    field = Field(model, STYLE, 2.5, REFERENCE, (0.25, 0.75))
+    assert torch.equal(field(X, t), expected(t, 6.0, -3.0) if inside else expected(t, 3.0, 0.0))
+    assert model.batches == [4 if inside else 2]
+
+
+def test_contrast_with_an_equal_style_is_the_identity_in_one_forward():
+    model = Affine()
+    field = Field(model, STYLE, 7.0, STYLE.clone())
+    assert torch.equal(field(X, 0.5), expected(0.5, 3.0, 0.0))
+    assert model.batches == [2]
+    assert field.nfe == 1
+
+
+def test_a_picture_whose_reference_is_its_own_style_is_not_moved_by_its_neighbours():
+    assert torch.equal(Field(Affine(), STYLE, 2.5, torch.tensor([3, 2]))(X, 0.5), expected(0.5, 3.0, -3.0))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_a_missing_reference_is_an_error_that_names_the_scale(scale):
+    with pytest.raises(ValueError, match=str(scale)):
+        Field(Affine(), STYLE, scale)
+
+
+def test_nfe_adds_up_one_outside_and_two_inside_the_interval():
+    field = Field(Affine(), STYLE, 2.0, REFERENCE, (0.5, 1.0))
+    for t in (0.0, 0.25, 0.5, 1.0):
+        field(X, t)
+    assert field.nfe == 1 + 1 + 2 + 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_network_gets_t_as_float32_once_a_row(scale):
+    model = Affine()
+    Field(model, STYLE, scale, REFERENCE)(X, 0.1)
+    rows = 2 if scale == 1 else 4
+    assert torch.equal(model.times[0], torch.full((rows,), 0.1, dtype=torch.float32))
+
+
+def test_a_real_network_at_scale_one_gives_the_very_bits_of_its_conditional():
+    torch.manual_seed(0)
+    model = IsoNext(3, 4, hidden_dim=8, num_layers=1, style_dim=8, time_dim=8, num_groups=2).eval()
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        v = Field(model, STYLE)(X, 0.3)
+        assert torch.equal(v, model(X, torch.tensor([0.3, 0.3]), STYLE))
+    assert v.abs().min() > 0

@@ -1,0 +1,295 @@
+"""IsoNext against a second implementation written from its formula, and the promises it makes about precision."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flow import flow_loss
+from model import AdaGN, Block, IsoNext, TimestepEmbedding, count_parameters
+
+C, STYLES, GROUPS = 3, 2, 4
+SMALL = {"hidden_dim": 16, "num_layers": 2, "kernel_size": 5, "style_dim": 8, "time_dim": 12, "num_groups": GROUPS}
+
+
+def random_model(**options):
+    """Every weight random, the head too, so that nothing hides behind a zero."""
+    torch.manual_seed(0)
+    model = IsoNext(C, STYLES, **{**SMALL, **options})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def inputs(height=6, width=6, count=3):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, C, height, width, generator=generator)
+    return x, torch.linspace(0.1, 0.9, count), torch.arange(count) % (STYLES + 1)
+
+
+def sinusoid(t, dim):
+    """cos and sin of 1000 t * 10^(-4 i / (dim / 2)), in float64."""
+    angles = 1000 * t.double().numpy()[:, None] * 10.0 ** (-4 * np.arange(dim // 2) / (dim // 2))
+    return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+
+
+def reference(model, x, t, style):
+    """The network written out in float64 from its description, on the weights of `model`."""
+    w = {name: value.detach().double() for name, value in model.state_dict().items()}
+
+    def linear(y, name):
+        return y @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def adagn(h, name):
+        grouped = h.reshape(len(h), GROUPS, -1)
+        mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, keepdim=True, unbiased=False)
+        scale, shift = linear(cond, f"{name}.affine")[:, :, None, None].split(h.shape[1], dim=1)
+        return (1 + scale) * ((grouped - mean) / (variance + 1e-5).sqrt()).view_as(h) + shift
+
+    time = linear(F.silu(linear(sinusoid(t, w["time.mlp.0.weight"].shape[1]), "time.mlp.0")), "time.mlp.2")
+    cond = F.silu(linear(torch.cat([time, w["style.weight"][style]], dim=1), "join"))
+    h = F.conv2d(x.double(), w["stem.weight"], w["stem.bias"], padding=1)
+    for i in range(len(model.blocks)):
+        name, kernel = f"blocks.{i}", w[f"blocks.{i}.depthwise.weight"]
+        y = F.conv2d(h, kernel, w[f"{name}.depthwise.bias"], padding=kernel.shape[-1] // 2, groups=h.shape[1])
+        y = adagn(y, f"{name}.norm").movedim(1, -1)
+        y = linear(F.gelu(linear(y, f"{name}.widen")), f"{name}.narrow").movedim(-1, 1)
+        h = h + w[f"{name}.gate"].view(1, -1, 1, 1) * y
+    return F.conv2d(adagn(h, "norm"), w["head.weight"], w["head.bias"], padding=1)
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+#################################################################################
+#                                   The formula                                 #
+#################################################################################
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 9), (1, 1), (2, 13)], ids=str)
+def test_the_network_is_its_formula_at_any_picture_size(size):
+    # float32 against float64: relative roundings of 6e-8, through a few dozen operations; the sinusoid, of angles up
+    # to 900, is off by some 1e-4 absolute, which the weights of the embedding hand on.
+    model = random_model()
+    with torch.no_grad():
+        v = model(*inputs(*size))
+    assert v.shape == (3, C, *size)
+    assert relative_error(v, reference(model, *inputs(*size))) < 3e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "num_layers": 1}, {"expansion": 2}], ids=str)
+def test_the_output_is_exactly_zero_at_the_start(options):
+    v = IsoNext(C, STYLES, **{**SMALL, **options})(*inputs())
+    assert torch.equal(v, torch.zeros(3, C, 6, 6))
+
+
+def parameters_by_hand(channels, styles, d, layers, kernel, style_dim, time_dim, expansion):
+    time = 2 * (time_dim**2 + time_dim)
+    style = (styles + 1) * style_dim
+    join = (time_dim + style_dim) * time_dim + time_dim
+    ends = (9 * channels * d + d) + (9 * d * channels + channels)
+    norm = time_dim * 2 * d + 2 * d
+    block = (kernel**2 * d + d) + norm + (expansion * d * d + expansion * d) + (expansion * d * d + d) + d
+    return time + style + join + ends + layers * block + norm
+
+
+@pytest.mark.parametrize(
+    ("channels", "styles", "d", "layers", "kernel", "style_dim", "time_dim", "expansion"),
+    [(4, 2, 384, 12, 7, 256, 256, 4), (32, 11, 48, 3, 5, 24, 40, 2)],
+)
+def test_the_parameter_count_is_that_of_the_formula(
+    channels, styles, d, layers, kernel, style_dim, time_dim, expansion
+):
+    model = IsoNext(channels, styles, d, layers, kernel, style_dim, time_dim, 16, expansion)
+    assert count_parameters(model) == parameters_by_hand(
+        channels, styles, d, layers, kernel, style_dim, time_dim, expansion
+    )
+
+
+def test_the_default_size_has_17_million_parameters():
+    # by hand: 12 * 1,400,448 in blocks, 2 * 65,792 + 3 * 256 + 131,328 + 197,376 in the condition and last norm,
+    # 14,208 + 13,828 in stem and head
+    with torch.device("meta"):
+        assert count_parameters(IsoNext(4, 2)) == 12 * 1_400_448 + 131_584 + 768 + 131_328 + 197_376 + 14_208 + 13_828
+
+
+def test_a_shifted_object_gives_the_shifted_velocity_away_from_the_border():
+    # One 3x3 block between two 3x3 convolutions sees 3 pixels far. The object stays 6 from the border, so the border's
+    # own pattern does not meet it, the group statistics are those of the same set of values, and only their order of
+    # summation, a rounding, may differ.
+    model, far, moved = random_model(num_layers=1, kernel_size=3), 3, 4
+    generator = torch.Generator().manual_seed(2)
+    x = torch.full((1, C, 24, 24), 0.5)
+    x[:, :, 7:12, 7:12] = torch.randn(1, C, 5, 5, generator=generator)
+    rolled = x.roll((moved, moved), (2, 3))
+    t, style = torch.tensor([0.3]), torch.tensor([1])
+    with torch.no_grad():
+        before, after = model(x, t, style), model(rolled, t, style)
+    inside = before[:, :, far : -far - moved, far : -far - moved]
+    shifted = after[:, :, far + moved : -far, far + moved : -far]
+    torch.testing.assert_close(shifted, inside, rtol=0, atol=1e-5)
+    assert inside.std() > 0.1
+
+
+#################################################################################
+#                                     Parts                                     #
+#################################################################################
+
+
+def test_adagn_is_group_norm_with_one_plus_scale_and_shift_of_each_sample():
+    torch.manual_seed(0)
+    norm = AdaGN(8, 5, GROUPS)
+    x, cond = torch.randn(3, 8, 4, 5), torch.randn(3, 5)
+    with torch.no_grad():
+        y = norm(x, cond)
+        affine = cond @ norm.affine.weight.T + norm.affine.bias
+        for i in range(3):
+            alone = F.group_norm(x[i : i + 1], GROUPS, weight=1 + affine[i, :8], bias=affine[i, 8:])
+            torch.testing.assert_close(y[i : i + 1], alone, rtol=0, atol=2e-6)  # a few float32 roundings below 8
+
+
+def test_adagn_of_one_and_three_with_scale_one_and_shift_a_half_is_by_hand():
+    norm = AdaGN(2, 1, 2)
+    nn.init.zeros_(norm.affine.weight)
+    norm.affine.bias.data = torch.tensor([1.0, 0.0, 0.5, -1.0])  # scale (1, 0), shift (0.5, -1)
+    x = torch.tensor([[1.0, 3.0], [10.0, 2.0]]).view(1, 2, 1, 2)
+    expected = torch.tensor([[-1.5, 2.5], [0.0, -2.0]]).view(1, 2, 1, 2)
+    # the norm's 1e-5 beside a variance of 1 takes 5e-6 off, twice
+    torch.testing.assert_close(norm(x, torch.ones(1, 1)), expected, rtol=0, atol=2e-5)
+
+
+def test_adagn_computes_in_float32_under_autocast_and_keeps_the_dtype_of_its_input():
+    torch.manual_seed(0)
+    norm = AdaGN(8, 5, GROUPS)
+    x, cond = torch.randn(2, 8, 4, 4).bfloat16(), torch.randn(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x, cond)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, norm(x.float(), cond).bfloat16())
+
+
+def test_the_depthwise_convolution_keeps_channels_apart():
+    torch.manual_seed(0)
+    depthwise = Block(6, 4, 7, 2, 4).depthwise
+    x = torch.randn(1, 6, 9, 9)
+    changed = x.clone()
+    changed[:, 2] += 1
+    with torch.no_grad():
+        difference = (depthwise(changed) - depthwise(x)).abs().amax((0, 2, 3))
+        one = F.conv2d(x[:, 4:5], depthwise.weight[4:5], depthwise.bias[4:5], padding=3)
+        torch.testing.assert_close(depthwise(x)[:, 4:5], one, rtol=0, atol=1e-6)
+    assert (difference > 0).tolist() == [False, False, True, False, False, False]
+
+
+def test_the_time_embedding_is_the_sinusoid_of_a_thousand_t():
+    embedding = TimestepEmbedding(16)
+    embedding.mlp = nn.Identity()
+    t = torch.tensor([0.0, 0.001, 0.5, 0.501, 1.0])
+    # angles of up to 1000 in float32, three roundings of 2^-24 relative
+    torch.testing.assert_close(embedding(t).double(), sinusoid(t, 16), rtol=0, atol=1000 * 3 * 2.0**-24)
+    assert embedding(t)[0].tolist() == [1.0] * 8 + [0.0] * 8
+
+
+def test_the_condition_stays_float32_under_autocast_and_tells_0_500_from_0_501():
+    model = random_model()
+    t, style = torch.tensor([0.5, 0.501]), torch.tensor([1, 1])  # both are 0.5 in bf16
+    with torch.no_grad():
+        plain = model.condition(t, style)
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = model.condition(t, style)
+            v = model(inputs(count=1)[0].expand(2, -1, -1, -1), t, style)
+    assert under_autocast.dtype == torch.float32
+    assert torch.equal(under_autocast, plain)
+    # 1000 t moves by 1, and with it the fastest pair of the sinusoid by a chord of 2 sin(1/2) = 0.96
+    assert (sinusoid(t, 12)[0] - sinusoid(t, 12)[1]).norm() > 0.95
+    assert relative_error(plain[1], plain[0]) > 0.01
+    assert relative_error(v[1], v[0]) > 0.01
+
+
+#################################################################################
+#                           Precision, memory, training                         #
+#################################################################################
+
+
+def test_the_output_is_float32_under_bf16_autocast_and_near_that_of_float32():
+    model = random_model()
+    with torch.no_grad():
+        full = model(*inputs())
+        with torch.autocast("cpu", torch.bfloat16):
+            v = model(*inputs())
+    assert full.dtype == v.dtype == torch.float32
+    # about ten roundings of 2^-9 in a row, so 2 percent at worst; and not zero, or nothing ran in bf16
+    assert 1e-4 < relative_error(v, full) < 0.02
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    plain = random_model()
+    saving = copy.deepcopy(plain)
+    saving.gradient_checkpointing = True
+    for model in (plain, saving):
+        model(*inputs()).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+        assert a.grad.abs().max() > 0, name
+
+
+def test_channels_last_gives_the_same_velocity():
+    model = random_model()
+    x, t, style = inputs()
+    with torch.no_grad():
+        contiguous = model(x, t, style)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        v = last(x.to(memory_format=torch.channels_last), t, style)
+    assert relative_error(v, contiguous) < 1e-5  # another order of summation: some tens of float32 roundings
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model fitted to one batch, style 0 at -1 and style 1 at +1, each also under the null style; and its losses."""
+    torch.manual_seed(0)
+    model = IsoNext(C, STYLES, **SMALL)
+    data = torch.tensor([-1.0, 1.0, -1.0, 1.0]).repeat(2).view(8, 1, 1, 1).expand(8, C, 4, 4)
+    style = torch.tensor([0, 1, 2, 2]).repeat(2)
+    noise, t = torch.randn(8, C, 4, 4), torch.rand(8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(150):
+        loss = flow_loss(model, noise, data, t, style).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    first = (data - noise).square().mean().item()
+    return model, losses, first
+
+
+def test_the_loss_on_one_batch_begins_at_the_targets_power_and_falls_to_a_tenth(trained):
+    _, losses, first = trained
+    assert losses[0] == pytest.approx(first, rel=1e-5)
+    assert losses[-1] < 0.1 * first
+
+
+def test_every_style_and_the_null_style_have_their_own_velocity_once_trained(trained):
+    model, _, _ = trained
+    x = torch.randn(1, C, 4, 4, generator=torch.Generator().manual_seed(3)).expand(3, -1, -1, -1)
+    with torch.no_grad():
+        v = model(x, torch.full((3,), 0.2), torch.tensor([0, 2, 1]))
+    toward = v.mean((1, 2, 3))  # the styles' data lie at -1 and +1, the null style's at both
+    assert toward[0] + 0.2 < toward[1] < toward[2] - 0.2
+    assert toward[0] < -0.5
+    assert toward[2] > 0.5
+
+
+@pytest.mark.parametrize("style", range(STYLES + 1))
+def test_each_sample_of_a_batch_has_its_own_time_and_style(style):
+    # Alone and in a batch the same, up to the rounding of another batch shape.
+    model = random_model()
+    x, t, styles = inputs()
+    with torch.no_grad():
+        together = model(x, t, styles)[style : style + 1]
+        alone = model(x[style : style + 1], t[style : style + 1], styles[style : style + 1])
+    assert relative_error(alone, together) < 1e-5

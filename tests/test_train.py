@@ -1,0 +1,517 @@
+import copy
+import json
+import math
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from checkpoint import INTERRUPTED, epoch_checkpoints, load_checkpoint
+from cli import UserError
+from config import TrainingConfig
+from latents import LatentSpec, LatentSplit
+from logbook import read_metrics
+from preprocess_latents import preprocess
+from train import Trainer, draw_batch, learning_rate
+
+FOUR_EPOCHS = {"training.stage1_epochs": 4}
+NO_FILES = {"training.save_every_epochs": 100}
+
+
+@pytest.fixture
+def config(store, make_config):
+    """A function: {"section.key": value} -> the config of a run on `store`, by name of its folder."""
+    return lambda changes=None, run="run": make_config(
+        store, {"checkpoint.save_dir": str(store / run)} | (changes or {})
+    )
+
+
+def state(trainer: Trainer) -> dict:
+    """A copy of all that a step may change: weights, average, optimizer."""
+    parts = {"model": trainer.model, "ema": trainer.ema.model, "optimizer": trainer.optimizer}
+    return {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+
+
+def assert_same(one, other, name: str = "") -> None:
+    """Nested dicts and lists are equal, tensors bit for bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_same(one[key], other[key], f"{name}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), name
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{name}/{number}")
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
+
+
+#################################################################################
+#                                  The schedule                                 #
+#################################################################################
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("cosine", 0, 0.5),  # warm-up: (step + 1) / 4 of the peak 2
+        ("cosine", 1, 1.0),
+        ("cosine", 3, 2.0),
+        ("cosine", 4, 2.0),  # 2 * (1 + cos(0)) / 2
+        ("cosine", 6, 1 + math.cos(math.pi / 4)),
+        ("cosine", 8, 1.0),
+        ("cosine", 12, 0.0),
+        ("constant", 2, 1.5),
+        ("constant", 4, 2.0),
+        ("constant", 12, 2.0),
+    ],
+)
+def test_the_learning_rate_is_the_one_by_hand(schedule, step, expected):
+    training = TrainingConfig(learning_rate=2.0, warmup_steps=4, lr_schedule=schedule)
+    assert learning_rate(training, step, total_steps=12) == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_warm_up_the_rate_starts_at_its_peak_and_falls():
+    training = TrainingConfig(learning_rate=1.0, warmup_steps=0)
+    rates = [learning_rate(training, step, 50) for step in range(50)]
+    assert rates[0] == 1 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("total", [1, 4])
+def test_a_run_shorter_than_its_warm_up_has_a_rate(total):
+    training = TrainingConfig(learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(training, step, total) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+#################################################################################
+#                                   The batch                                   #
+#################################################################################
+
+
+def numbered_split(count: int) -> LatentSplit:
+    """Latents that tell their picture (channel 0) and whether they are mirrored (channel 1: 1 or -1)."""
+    latents = np.empty((2, count, 2, 2, 2), np.float32)
+    latents[:, :, 0] = np.arange(count)[:, None, None]
+    latents[0, :, 1], latents[1, :, 1] = 1, -1
+    spec = LatentSpec("dct:f4c2", 2, 4, 8, ["a", "b", "c"], mean=[0.0, 0.0], std=[1.0, 1.0])
+    return LatentSplit(spec, latents, torch.arange(count) % 3, [f"a/{n}" for n in range(count)])
+
+
+def drawn(count: int, batch: int, steps, **options) -> list[train.Batch]:
+    training = TrainingConfig(batch_size=batch, **options)
+    return [draw_batch(numbered_split(count), training, step, null_style=3) for step in steps]
+
+
+def fields(batch: train.Batch) -> tuple:
+    return batch.x0, batch.x1, batch.t, batch.style
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    forwards = drawn(40, 8, range(12))
+    train.epoch_order.cache_clear()
+    torch.manual_seed(123)
+    backwards = drawn(40, 8, reversed(range(12)))[::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(fields(one), fields(other), strict=True))
+
+
+def test_batches_differ_between_steps_epochs_and_seeds():
+    steps = [*drawn(40, 8, range(12)), *drawn(40, 8, [0], seed=1)]
+    for part in range(3):  # noise, latents, times
+        values = {fields(batch)[part].numpy().tobytes() for batch in steps}
+        assert len(values) == len(steps)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(40, 8), (40, 40), (7, 1), (43, 8)])
+def test_an_epoch_covers_every_picture_once_but_for_what_fills_no_batch(count, batch):
+    steps = count // batch
+    for epoch in range(3):
+        batches = drawn(count, batch, range(epoch * steps, (epoch + 1) * steps))
+        seen = torch.cat([b.x1[:, 0, 0, 0] for b in batches]).int().tolist()
+        assert len(seen) == len(set(seen)) == steps * batch and set(seen) <= set(range(count))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.15, 1.0])
+def test_labels_are_dropped_at_their_rate_and_the_others_are_the_pictures(probability):
+    batches = drawn(256, 64, range(64), label_drop_prob=probability)
+    style = torch.cat([b.style for b in batches])
+    true = torch.cat([b.x1[:, 0, 0, 0] for b in batches]).long() % 3
+    dropped = style == 3
+    assert torch.equal(style[~dropped], true[~dropped])
+    deviation = math.sqrt(probability * (1 - probability) / len(style))
+    assert abs(dropped.double().mean().item() - probability) <= 4 * deviation
+
+
+def test_half_of_the_pictures_are_mirrored_as_a_whole_and_times_and_noise_have_their_distribution():
+    batches = drawn(256, 64, range(64))
+    mirrored = torch.cat([b.x1[:, 1] for b in batches]).flatten(1)
+    assert set(mirrored.unique().tolist()) == {-1.0, 1.0} and (mirrored == mirrored[:, :1]).all()
+    assert abs((mirrored[:, 0] < 0).double().mean().item() - 0.5) < 4 * 0.5 / 64
+    t, x0 = torch.cat([b.t for b in batches]), torch.cat([b.x0 for b in batches])
+    assert abs(t.mean() - 0.5) < 0.02 and abs(t.var() - 1 / 12) < 0.005 and 0 <= t.min() and t.max() < 1
+    assert abs(x0.mean()) < 0.03 and abs(x0.var() - 1) < 0.05
+
+
+def test_minibatch_ot_only_moves_noise_and_only_inside_a_style():
+    (plain,), (paired,) = (drawn(24, 24, [5], coupling=kind, label_drop_prob=0) for kind in ("independent", "ot"))
+    assert all(torch.equal(a, b) for a, b in zip(fields(plain)[1:], fields(paired)[1:], strict=True))
+    for style in range(3):
+        chosen = plain.style == style
+        before, after = ({x.numpy().tobytes() for x in batch.x0[chosen]} for batch in (plain, paired))
+        assert before == after
+    cost = [(batch.x0 - batch.x1).square().sum().item() for batch in (plain, paired)]
+    assert cost[1] < cost[0]
+
+
+#################################################################################
+#                                   One step                                    #
+#################################################################################
+
+
+def test_a_step_is_adamw_with_its_rate_and_the_average_follows(config):
+    trainer = Trainer(config())
+    before = state(trainer)
+    trainer.train_step()
+    after = state(trainer)
+    # At the first step AdamW moves every weight with a gradient by the rate: here the head alone, which starts at zero.
+    moved = after["model"]["head.weight"] - before["model"]["head.weight"]
+    rate = 1e-3 / 2  # the first of two warm-up steps
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, rate), rtol=1e-2, atol=0)
+    averaged = 0.1 * before["ema"]["head.weight"] + 0.9 * after["model"]["head.weight"]
+    torch.testing.assert_close(after["ema"]["head.weight"], averaged, rtol=1e-5, atol=1e-9)
+    assert trainer.step == 1 and trainer.skipped == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_micro_batches_give_the_same_weights_within_rounding(config, size):
+    changes = {"training.use_amp": False, "training.batch_size": 8} | NO_FILES
+    runs = [Trainer(config(changes | {"training.micro_batch_size": micro})) for micro in (None, size)]
+    for _ in range(3):
+        norms = [trainer.train_step() for trainer in runs]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    whole, parts = (trainer.model.state_dict() for trainer in runs)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
+    torch.testing.assert_close(runs[1].quarter_sums, runs[0].quarter_sums, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(config):
+    free, bound = (Trainer(config({"training.grad_clip": clip, "training.betas": [0, 0]})) for clip in (0, 1e-9))
+    assert free.train_step() == pytest.approx(bound.train_step(), rel=1e-6) and free.train_step() > 0
+    # Clipped far below Adam's epsilon of 1e-8, a step hardly moves; the unclipped one moves by the rate.
+    assert bound.model.head.weight.abs().max() < 0.2 * free.model.head.weight.abs().max()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config):
+    trainer = Trainer(config())
+    trainer.train_step()
+    sound, before = trainer.train.latents.copy(), state(trainer)
+    trainer.train.latents[...] = np.inf
+    assert not math.isfinite(trainer.train_step())
+    assert_same(state(trainer), before)
+    assert (trainer.step, trainer.skipped, trainer.bad_steps) == (2, 1, 1)
+    trainer.train.latents[...] = sound
+    assert math.isfinite(trainer.train_step())
+    assert (trainer.step, trainer.skipped, trainer.bad_steps) == (3, 1, 0)
+    assert not torch.equal(trainer.model.head.weight, before["model"]["head.weight"])
+
+
+def test_20_such_steps_in_a_row_end_the_run_in_one_line(config):
+    trainer = Trainer(config({"training.stage1_epochs": 10} | NO_FILES))
+    before = state(trainer)
+    trainer.train.latents[...] = np.inf
+    with pytest.raises(UserError, match=r"not finite 20 times in a row at step 20; resume .*learning_rate") as caught:
+        trainer.fit(quiet=True)
+    assert "\n" not in str(caught.value)
+    assert trainer.step == 20
+    assert_same(state(trainer), before)
+
+
+def test_19_in_a_row_do_not_end_the_run_and_are_logged(config, store):
+    trainer = Trainer(config({"training.stage1_epochs": 10} | NO_FILES))
+    sound = trainer.train.latents.copy()
+    trainer.train.latents[...] = np.inf
+
+    def stop() -> bool:
+        if trainer.step == 19:
+            trainer.train.latents[...] = sound
+        return trainer.step == 22
+
+    trainer.fit(stop, quiet=True)
+    assert (trainer.step, trainer.skipped, trainer.bad_steps) == (22, 19, 0)
+    lines = [line for line in read_metrics(store / "run" / "metrics.jsonl") if "lr" in line]
+    assert [line["skipped_steps"] for line in lines] == [*range(1, 20), 19, 19, 19]
+    assert all("loss" not in line for line in lines[:19]) and all(line["loss"] > 0 for line in lines[19:])
+    json.dumps(lines, allow_nan=False)
+
+
+#################################################################################
+#                                  A whole run                                  #
+#################################################################################
+
+
+@pytest.mark.parametrize("changes", [{}, {"training.coupling": "ot", "training.time_sampling": "logit_normal"}])
+def test_two_runs_are_equal_bit_for_bit_and_another_seed_is_not(config, changes):
+    first = train.train(config(changes, "a"), quiet=True)
+    torch.manual_seed(99)
+    second = train.train(config(changes, "b"), quiet=True)
+    assert_same(state(first), state(second))
+    other = train.train(config(changes | {"training.seed": 1}, "c"), quiet=True)
+    assert not torch.equal(other.model.head.weight, first.model.head.weight)
+
+
+def final(folder) -> dict:
+    """The last checkpoint of a finished run of four epochs, as plain data."""
+    done = torch.load(epoch_checkpoints(folder)[-1], weights_only=True)
+    assert done["epoch"] == 4
+    return done
+
+
+@pytest.fixture
+def whole(config, store):
+    """A run of four epochs in one go; the function tells where an epoch ends."""
+    return train.train(config(FOUR_EPOCHS, "whole"), quiet=True)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6, 11])
+def test_a_run_that_is_stopped_and_resumed_equals_one_in_one_go(config, store, whole, stop_at, capsys):
+    assert whole.steps_per_epoch == 4
+    started = Trainer(config(FOUR_EPOCHS))
+    started.fit(stop=lambda: started.step == stop_at, quiet=True)
+    assert "go on with --resume" in capsys.readouterr().out
+    assert load_checkpoint(store / "run" / INTERRUPTED).step == stop_at
+    torch.manual_seed(5)
+    resumed = train.train(config(FOUR_EPOCHS), resume="newest", quiet=True)
+    assert f"at step {stop_at}" in capsys.readouterr().out
+    assert_same(state(resumed), state(whole))
+    one, other = final(store / "run"), final(store / "whole")
+    for part in ("model", "ema", "optimizer", "step", "latents"):
+        assert_same(one[part], other[part], part)
+    assert not (store / "run" / INTERRUPTED).exists()
+    losses, expected = (
+        {line["step"]: line["val_loss"] for line in read_metrics(store / name / "metrics.jsonl") if "val_loss" in line}
+        for name in ("run", "whole")
+    )
+    assert losses == expected and sorted(losses) == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("given", ["newest", "stage1_epoch2.pt"])
+def test_n_steps_a_kill_and_n_steps_equal_2n_and_no_step_is_logged_twice(config, store, whole, given):
+    shutil.copytree(store / "whole", store / "run")  # as a kill in epoch 4 leaves it, its last checkpoint of epoch 2
+    for epoch in (3, 4):
+        (store / "run" / f"stage1_epoch{epoch}.pt").unlink()
+    resume = given if given == "newest" else str(store / "run" / given)
+    resumed = train.train(config(FOUR_EPOCHS), resume=resume, quiet=True)
+    assert_same(state(resumed), state(whole))
+    lines, expected = (read_metrics(store / name / "metrics.jsonl") for name in ("run", "whole"))
+    assert [(line["step"], line.get("loss")) for line in lines] == [(li["step"], li.get("loss")) for li in expected]
+    assert max(Counter((line["step"], "val_loss" in line) for line in lines).values()) == 1
+
+
+def test_a_longer_run_at_a_constant_rate_goes_on_from_a_finished_one(config, store):
+    constant = {"training.lr_schedule": "constant"}
+    whole = train.train(config(FOUR_EPOCHS | constant, "whole"), quiet=True)
+    train.train(config(constant | {"training.stage1_epochs": 2}), quiet=True)
+    assert_same(state(train.train(config(FOUR_EPOCHS | constant), "newest", quiet=True)), state(whole))
+
+
+def test_resuming_a_finished_run_changes_nothing(config, store, whole):
+    before = final(store / "whole")
+    again = train.train(config(FOUR_EPOCHS, "whole"), resume="newest", quiet=True)
+    assert again.step == 16
+    assert_same(state(again), state(whole))
+    assert_same(final(store / "whole"), before)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(config, store, capsys):
+    trainer = train.train(config(), resume="newest", quiet=True)
+    assert trainer.step == 8
+    assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().out
+
+
+def test_the_loss_falls_over_a_short_run(config, store):
+    changes = {"training.stage1_epochs": 40, "training.learning_rate": 5e-3, "training.batch_size": 8} | NO_FILES
+    train.train(config(changes | {"training.val_every_epochs": 100}), quiet=True)
+    losses = [line["loss"] for line in read_metrics(store / "run" / "metrics.jsonl") if "loss" in line]
+    first, last = np.mean(losses[:8]), np.mean(losses[-16:])
+    assert 1.6 < first < 2.4, "v = 0 at start: the loss is the variance of the data plus that of the noise"
+    assert last < 0.75 * first
+
+
+#################################################################################
+#                                What a run leaves                              #
+#################################################################################
+
+
+def test_metrics_have_the_promised_numbers(config, store, whole):
+    lines = read_metrics(store / "whole" / "metrics.jsonl")
+    logged = {line["step"]: line for line in lines if "lr" in line}
+    assert sorted(logged) == list(range(1, 17))
+    for step, line in logged.items():
+        assert line["lr"] == pytest.approx(learning_rate(config(FOUR_EPOCHS).training, step - 1, 16))
+        assert line["epoch"] == step / 4
+        assert {"loss", "grad_norm", "samples_per_s", "memory_gb", "skipped_steps"} < line.keys()
+        assert line["skipped_steps"] == 0 and line["samples_per_s"] > 0 and 0 < line["memory_gb"] < 64
+        quarters = [line[f"loss_t{quarter}"] for quarter in range(4) if f"loss_t{quarter}" in line]
+        assert min(quarters) - 1e-6 <= line["loss"] <= max(quarters) + 1e-6
+    assert sorted(line["step"] for line in lines if "val_loss" in line) == [4, 8, 12, 16]
+    assert list((store / "whole" / "tensorboard").glob("events*"))
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_line(config, store):
+    train.train(config(run="every"), quiet=True)
+    train.train(config({"training.log_every_steps": 4}, "fourth"), quiet=True)
+    every, fourth = (
+        [line["loss"] for line in read_metrics(store / name / "metrics.jsonl") if "loss" in line]
+        for name in ("every", "fourth")
+    )
+    assert fourth == pytest.approx([np.mean(every[:4]), np.mean(every[4:])], rel=1e-5)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (0, [1, 2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_the_newest_checkpoints_are_kept_and_0_keeps_all(config, store, keep, left):
+    train.train(config({"training.keep_checkpoints": keep, "training.stage1_epochs": 5}), quiet=True)
+    assert [path.name for path in epoch_checkpoints(store / "run")] == [f"stage1_epoch{n}.pt" for n in left]
+
+
+def test_checkpoints_come_at_their_interval_and_at_the_end(config, store):
+    train.train(config({"training.save_every_epochs": 3, "training.stage1_epochs": 7}), quiet=True)
+    made = [(p.name, load_checkpoint(p).step) for p in epoch_checkpoints(store / "run")]
+    assert made == [("stage1_epoch3.pt", 12), ("stage1_epoch6.pt", 24), ("stage1_epoch7.pt", 28)]
+    assert not [p.name for p in (store / "run").iterdir() if p.name.startswith(".")]
+
+
+def test_the_preview_opens_and_shows_held_out_pictures_and_every_style(config, store):
+    trainer = train.train(config(), quiet=True)
+    for epoch in (1, 2):
+        with Image.open(store / "run" / f"preview_epoch{epoch}.png") as sheet:
+            sheet.load()
+            shown = np.asarray(sheet)
+    rows = sum(min(3, sum(trainer.val.styles == style)) for style in range(2))
+    assert shown.shape[1] == 6 + 3 * (16 + 6)
+    head = shown.shape[0] - (6 + rows * (16 + 6))
+    first = Image.open(store / "raw" / next(n for n in trainer.val.names if n.startswith("ink")).removesuffix(".pt"))
+    tile = shown[head + 6 : head + 22, 6:22].astype(int)
+    assert np.abs(tile - np.asarray(first).astype(int)).mean() < 8, (
+        "column 1 is the picture itself, by way of the codec"
+    )
+
+
+def use_backend(monkeypatch, backend) -> None:
+    """Module.compile with another backend than inductor, whose C++ would take half a minute to build."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend=backend, **options))
+    torch.compiler.reset()
+
+
+def test_a_compiled_training_leaves_plain_keys_and_nearly_the_same_weights(config, store, monkeypatch):
+    short = {"training.stage1_epochs": 1, "training.use_amp": False, "training.micro_batch_size": 2}
+    plain = train.train(config(short, "plain"), quiet=True)
+    used = []
+
+    def backend(graph, inputs):
+        used.append(graph)
+        return graph
+
+    use_backend(monkeypatch, backend)
+    train.train(config(short | {"training.compile": True}), quiet=True)
+    assert used, "it did compile"
+    saved = load_checkpoint(store / "run" / "stage1_epoch1.pt")
+    assert list(saved.model) == list(saved.ema) == list(plain.model.state_dict())
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(saved.model[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_where_nothing_compiles_a_warning_is_printed_and_the_run_is_the_plain_one(config, monkeypatch, capsys):
+    plain = train.train(config(run="plain"), quiet=True)
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    use_backend(monkeypatch, backend)
+    fallen_back = train.train(config({"training.compile": True}), quiet=True)
+    (warning,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
+    assert "torch.compile does not work here" in warning and "going on without it" in warning
+    assert_same(state(fallen_back), state(plain))
+
+
+#################################################################################
+#                                    Refusals                                   #
+#################################################################################
+
+
+def test_fewer_pictures_than_a_batch_are_one_line_that_says_what_to_do(config):
+    with pytest.raises(UserError) as caught:
+        Trainer(config({"training.batch_size": 500}))
+    assert "training pictures, fewer than one batch of 500; add pictures or use --set training.batch_size=" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["stage1_epoch3.pt", INTERRUPTED])
+def test_a_folder_that_holds_checkpoints_is_refused_without_resume(config, store, name):
+    (store / "run").mkdir()
+    (store / "run" / name).write_bytes(b"a checkpoint")
+    with pytest.raises(UserError, match="holds the checkpoints of a run; go on with --resume"):
+        Trainer(config())
+    assert [path.name for path in (store / "run").iterdir()] == [name]
+
+
+def other_store(store, draw, make_config, cpu, kind: str) -> dict:
+    """A store that a model of `store` does not fit, and the config that points to it."""
+    changes = {"data.data_root": str(store / "other")}
+    if kind == "styles":
+        for number in range(5):
+            draw(store / "raw" / "water" / f"{number}.png", seed=number)
+    elif kind == "autoencoder":
+        changes["autoencoder.name"] = "dct:f4c11"
+    else:
+        changes["data.image_size"] = 32
+    preprocess(make_config(store, changes), cpu, quiet=True)
+    return changes
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("styles", r"styles \['ink', 'oil'\], the store has \['ink', 'oil', 'water'\]"),
+        ("autoencoder", "autoencoder dct:f4c12, the store has dct:f4c11"),
+        ("image_size", "image_size 16, the store has 32"),
+    ],
+)
+def test_resume_on_other_latents_is_refused_by_name(config, store, draw, make_config, cpu, kind, message):
+    started = Trainer(config())
+    started.fit(stop=lambda: started.step == 2, quiet=True)
+    changes = other_store(store, draw, make_config, cpu, kind)
+    with pytest.raises(UserError, match=message):
+        Trainer(config(changes), "newest")
+
+
+def test_resume_with_another_network_names_a_weight(config):
+    started = Trainer(config())
+    started.fit(stop=lambda: started.step == 2, quiet=True)
+    with pytest.raises(UserError, match=r"stage1_interrupted\.pt: .* weights missing, extra .*blocks\.1\."):
+        Trainer(config({"model.num_layers": 2}), "newest")
+
+
+def test_the_statistics_of_a_resumed_run_stay_those_of_its_start(config, store, draw, make_config, cpu):
+    started = Trainer(config())
+    started.fit(stop=lambda: started.step == 2, quiet=True)
+    for number in range(20, 30):
+        draw(store / "raw" / "ink" / f"{number}.png", seed=number)
+    preprocess(make_config(store), cpu, quiet=True)
+    resumed = Trainer(config(), "newest")
+    assert resumed.spec == resumed.train.spec == resumed.val.spec == started.spec
+    assert len(resumed.train) > len(started.train)
+
+
+def test_a_missing_checkpoint_and_a_missing_store_are_one_line(config, store):
+    with pytest.raises(UserError, match=r"none\.pt: no such checkpoint"):
+        Trainer(config(), str(store / "none.pt"))
+    with pytest.raises(UserError, match=r"no latent store here; run: python preprocess_latents\.py"):
+        Trainer(config({"data.data_root": str(store / "none")}))
