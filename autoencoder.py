@@ -60,11 +60,14 @@ def _load_vae(name: str) -> nn.Module:
     try:
         class_name = diffusers.AutoencoderKL.load_config(name).get("_class_name")
         if class_name not in classes:
-            raise UserError(f"autoencoder {name}: its class is {class_name}, not one of {', '.join(classes)}")
-        return classes[class_name].from_pretrained(name)
-    except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"its class is {class_name}, not one of {', '.join(classes)}")
+        vae, loading = classes[class_name].from_pretrained(name, output_loading_info=True)
+        if loading["missing_keys"]:  # diffusers would leave these random
+            raise ValueError(f"{len(loading['missing_keys'])} weights are missing, e.g. {loading['missing_keys'][0]}")
+        return vae
+    except Exception as error:  # diffusers lets many types out of a broken folder; the answer is the same
         if Path(name).exists():
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"autoencoder {name}: this folder does not load ({reason}); {WAYS_OUT}") from None
         raise UserError(
             f"autoencoder {name}: no such local folder, not in the cache, and the hub was not reached; {WAYS_OUT}"
@@ -109,7 +112,8 @@ def _dct_kernels(factor: int, channels: int, colour_energy: tuple[float, ...]) -
     correlation = 0.95 ** (n[:, None] - n[None]).abs()
     variance = (basis @ correlation @ basis.T).diagonal()
     energy = torch.einsum("k,u,v->kuv", torch.tensor(colour_energy, dtype=torch.float64), variance, variance)
-    kept = energy.flatten().argsort(descending=True, stable=True)[:channels]
+    # Equal energies, such as those of (u, v) and (v, u), must not be ordered by the last bit of somebody's BLAS.
+    kept = (energy / energy.max()).round(decimals=9).flatten().argsort(descending=True, stable=True)[:channels]
     to_ycbcr = torch.tensor(  # ITU-R BT.601, full range, on pixels around zero
         [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=torch.float64
     )

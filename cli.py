@@ -45,7 +45,7 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -50,7 +50,7 @@ class TrainingConfig:
     warmup_steps: int = key(500, "linear warm-up of the rate: early steps are noisy", 0)
     lr_schedule: str = key("cosine", "after the warm-up", choices=("cosine", "constant"))
     weight_decay: float = key(0.01, "AdamW's, on weights of two or more dimensions", 0)
-    betas: tuple[float, float] = key((0.9, 0.99), "AdamW's: 0.99 forgets the loud early gradients sooner", 0, 1)
+    betas: tuple[float, float] = key((0.9, 0.99), "AdamW's: 0.99 forgets the loud early gradients sooner", 0, 0.9999)
     grad_clip: float = key(1.0, "largest gradient norm; 0 switches clipping off", 0)
     ema_decay: float = key(0.9995, "the averaged weights that are used for transfers", 0, 1)
     label_drop_prob: float = key(0.15, "labels replaced by the null style, so that it can guide", 0, 1)

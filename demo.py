@@ -22,8 +22,6 @@ from pipeline import load_pipeline, transfer_settings
 from preprocess_latents import preprocess, print_report
 from train import train
 
-NUM_TRAIN, NUM_TEST = 900, 64  # pictures a style
-
 
 def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
@@ -32,12 +30,12 @@ def main(args: argparse.Namespace) -> int:
     output = Path(config.checkpoint.save_dir).parent
     device = pick_device("auto")
 
-    print(f"1/4  drawing two worlds of {NUM_TRAIN} pictures and {NUM_TEST} known pairs in {pictures}")
-    with tqdm(total=2 * (NUM_TRAIN + NUM_TEST), unit="picture", disable=None) as bar:
+    print(f"1/4  drawing two worlds of {args.num_train} pictures and {args.num_test} known pairs in {pictures}")
+    with tqdm(total=2 * (args.num_train + args.num_test), unit="picture", disable=None) as bar:
         draw_folders(
             pictures,
-            num_train=NUM_TRAIN,
-            num_test=NUM_TEST,
+            num_train=args.num_train,
+            num_test=args.num_test,
             size=config.data.image_size,
             progress=lambda n: bar.update(n),
         )
@@ -58,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     plot_losses(Path(config.checkpoint.save_dir) / "metrics.jsonl", output / "losses.png")
 
     print(f"\n{figures_table(result)}\n")
-    sheets = ", ".join(str(output / f"{name}.png") for name in result.sheets)
+    sheets = ", ".join(str(output / f"{source}_to_{target}.png") for source, target in result.sheets)
     print(f"look at {sheets} and {output / 'losses.png'}   ({time.perf_counter() - started:.0f} s)")
     return 0
 
@@ -66,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Draw two styles, train a flow, transfer and measure: everything end to end, in minutes.")
     parser.add_argument("--config", default=Path(__file__).parent / "configs" / "demo.json", help="the JSON config")
+    parser.add_argument("--num_train", type=int, default=900, help="training pictures a style")
+    parser.add_argument("--num_test", type=int, default=64, help="test pairs")
     return parser
 
 

@@ -48,7 +48,7 @@ class Evaluation:
     classifier_accuracy: float  # on held-out pictures: the ceiling of style_success
     reconstruction_psnr: float  # of the autoencoder alone, dB: the ceiling of every picture-level figure
     pairs: list[PairFigures]
-    sheets: dict[str, list[list[Tensor]]]  # "a_to_b" -> rows of (source, transfer[, true pair])
+    sheets: dict[tuple[str, str], list[list[Tensor]]]  # direction -> rows of (source, transfer[, true pair])
 
 
 def load_styles(root: Path, styles: list[str], size: int, limit: int | None) -> dict[str, dict[str, Tensor]]:
@@ -92,7 +92,7 @@ def evaluate(
     for source, target in tqdm(directions, desc="evaluating", unit="direction", disable=quiet):
         figures, rows = evaluate_direction(pipeline, classifier, test, source, target, how, pairs)
         result.pairs.append(figures)
-        result.sheets[f"{source}_to_{target}"] = rows
+        result.sheets[source, target] = rows
     return result
 
 
@@ -204,10 +204,9 @@ def write_report(result: Evaluation, how: TransferSettings, folder: Path) -> Non
         beside.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     with written_whole(folder / "report.md") as beside:
         beside.write_text(f"{how}\n\n{figures_table(result)}\n", encoding="utf-8")
-    for name, rows in result.sheets.items():
-        source, target = name.split("_to_")
+    for (source, target), rows in result.sheets.items():
         titles = [source, f"as {target}"] + (["true pair"] if len(rows[0]) == 3 else [])
-        save_sheet(rows, titles, folder / f"{name}.png")
+        save_sheet(rows, titles, folder / f"{source}_to_{target}.png")
 
 
 #################################################################################

@@ -78,7 +78,7 @@ class Field:
 
     With the null style as reference this is classifier-free guidance (arXiv:2207.12598) on all channels, limited to
     an interval of t (Kynkaanniemi et al., arXiv:2404.07724). With the *source* style it is the contrast of the two
-    styles, which vanishes where they are equal: then, too, one forward is made and nothing changes.
+    styles, nothing where they are equal; where they are for the whole batch, one forward is made, as at scale 1.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class Field:
         self.nfe += 2
         twice = torch.cat([x, x])
         v, v_reference = self.model(twice, self._times(twice, t), torch.cat([self.style, self.reference])).chunk(2)
-        return v.float() + (self.scale - 1) * (v.float() - v_reference.float())
+        differs = (self.style != self.reference).view(-1, *[1] * (x.ndim - 1))
+        return v.float() + (self.scale - 1) * differs * (v.float() - v_reference.float())
 
     @staticmethod
     def _times(x: Tensor, t: float) -> Tensor:

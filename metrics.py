@@ -24,8 +24,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """(B,) structural similarity of luminance in [-1, 1], 1 for equal pictures.
 
     Wang et al., "Image quality assessment", IEEE TIP 13(4), 2004, eq. 13: Gaussian window of deviation 1.5 over
-    11 x 11 pixels, K1 = 0.01, K2 = 0.03, mean over the positions where the window fits.
+    11 x 11 pixels, K1 = 0.01, K2 = 0.03, mean over the positions where the window fits (ValueError if there are none).
     """
+    if min(a.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs pictures of 11 x 11 pixels or more, not {a.shape[-2]} x {a.shape[-1]}")
     x, y = luminance(a), luminance(b)
     offsets = torch.arange(11, device=x.device, dtype=x.dtype) - 5
     line = torch.exp(-offsets.square() / (2 * 1.5**2))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import images
 from autoencoder import load_autoencoder
 from cli import UserError, add_device_flags, new_parser, pick_device, run
-from config import Config, load_config
+from config import Config, DataConfig, load_config
 from files import natural_order, remove_unfinished
 from latents import LatentSpec, StoreMeta, fingerprint, held_out, read_latent, read_meta, write_latent
 
@@ -57,7 +57,7 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
         else:
             report.encoded += 1
     report.seconds = time.perf_counter() - started
-    _finish(root, meta, list(entries), config.data.val_fraction)
+    _finish(root, meta, list(entries), config.data)
     return report
 
 
@@ -185,15 +185,15 @@ def _encode(
             bar.update(len(items))
 
 
-def _finish(root: Path, meta: StoreMeta, entries: list[str], val_fraction: float) -> None:
+def _finish(root: Path, meta: StoreMeta, entries: list[str], data: DataConfig) -> None:
     """Split, statistics and counts: the store is complete."""
     val = set()
     for style in meta.latents.styles:
-        val |= held_out((entry for entry in entries if entry.startswith(f"{style}/")), val_fraction)
+        val |= held_out((entry for entry in entries if entry.startswith(f"{style}/")), data.val_fraction)
     meta.split = {"train": sorted(set(entries) - val), "val": sorted(val)}
     for style in meta.latents.styles:
         if not any(entry.startswith(f"{style}/") for entry in meta.split["train"]):
-            raise UserError(f"{meta.latents.styles}: style {style} has no readable picture to train on")
+            raise UserError(f"{Path(data.raw_data_root) / style}: no picture of this style can be read; replace them")
     tally = {name: Counter(entry.partition("/")[0] for entry in names) for name, names in meta.split.items()}
     meta.counts = {style: {name: tally[name][style] for name in tally} for style in meta.latents.styles}
     meta.latents.mean, meta.latents.std = _statistics(root, meta)

@@ -245,7 +245,7 @@ class Trainer:
         logbook = Logbook(self.folder, self.step) if main else None
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=quiet if main else True)
         started, seen = time.perf_counter(), 0
-        while self.step < self.total_steps and not stop():
+        while self.step < self.total_steps and not self._any(stop()):
             norm = self.train_step()
             seen += self.config.training.batch_size
             bar.update()
@@ -271,6 +271,12 @@ class Trainer:
         if logbook:
             logbook.close()
 
+    def _any(self, flag: bool) -> bool:
+        """Whether any process says so: a signal may reach one of them a step before the others."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item() > 0
+
     def _numbers(self, norm: float, rate: float) -> dict[str, float]:
         """What is logged; the losses are means since the last call."""
         sums, counts = self.accelerator.reduce(self.quarter_sums, "sum").tolist()
@@ -293,7 +299,10 @@ class Trainer:
             checkpoints = epoch_checkpoints(self.folder)
             for old in checkpoints[: -(training.keep_checkpoints or len(checkpoints))]:
                 old.unlink()
-            self._preview(epoch)
+            try:
+                self._preview(epoch)
+            except (UserError, FloatingPointError) as error:  # a picture less is no reason to stop
+                print(f"warning: no preview: {error}")
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -327,11 +336,7 @@ class Trainer:
         """A sheet of fixed validation pictures, each transferred to every style."""
         split = self.val if len(self.val) else self.train
         chosen = torch.cat([(split.styles == style).nonzero().flatten()[:3] for style in range(len(self.spec.styles))])
-        try:
-            codec = load_autoencoder(self.spec.autoencoder, self.device)
-        except UserError as error:
-            print(f"warning: no preview: {error}")
-            return
+        codec = load_autoencoder(self.spec.autoencoder, self.device)
         pipeline = Pipeline(self.ema.model, codec, self.spec, self.device, self.config.training.use_amp)
         latents, sources = split.batch(chosen)
         size, how = self.spec.image_size, transfer_settings(self.config.inference)

@@ -83,7 +83,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, writer):
     if writer == "torch":
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(UserError, match=r"evil\.pt: .*checkpoint"):
         load_data(path, "checkpoint")
     assert not made.exists()
@@ -152,5 +152,5 @@ NAMES = st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["No"])
 @given(names=NAMES)
 def test_any_mixture_of_digits_and_letters_can_be_sorted_into_one_order(names):
     once = sorted(names, key=natural_order)
-    assert sorted(names[::-1], key=natural_order) == once
+    assert sorted(names[1:] + names[:1], key=natural_order) == once
     assert sorted(once) == sorted(names)

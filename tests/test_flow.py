@@ -110,14 +110,18 @@ def test_unknown_time_sampling_is_named():
         sample_time(3, "beta", generator())
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("probability", [0.01, 0.1, 0.5, 0.9])
 def test_labels_are_dropped_at_the_given_rate(probability):
     style = torch.arange(10_000) % 3
     dropped = (drop_labels(style, probability, 3, generator()) == 3).sum().item()
-    low, high = (
-        stats.binom.interval(1 - 1e-6, len(style), probability) if 0 < probability < 1 else [1e4 * probability] * 2
-    )
+    low, high = stats.binom.interval(1 - 1e-6, len(style), probability)
     assert low <= dropped <= high
+
+
+def test_probability_zero_drops_no_label_and_one_drops_all():
+    style = torch.arange(1000) % 3
+    assert torch.equal(drop_labels(style, 0.0, 3, generator()), style)
+    assert torch.equal(drop_labels(style, 1.0, 3, generator()), torch.full_like(style, 3))
 
 
 @quick
@@ -271,3 +275,14 @@ def test_a_real_network_at_scale_one_gives_the_very_bits_of_its_conditional():
         v = Field(model, STYLE)(X, 0.3)
         assert torch.equal(v, model(X, torch.tensor([0.3, 0.3]), STYLE))
     assert v.abs().min() > 0
+
+
+def test_source_guidance_leaves_alone_the_pictures_of_a_mixed_batch_whose_styles_are_equal():
+    def model(x, t, style):
+        return x * (1.0 + style.view(-1, 1, 1, 1)) + 1e-3 * torch.arange(len(x)).view(-1, 1, 1, 1)  # a kernel's whims
+
+    x, source, target = torch.ones(2, 1, 1, 1), torch.tensor([0, 1]), torch.tensor([0, 0])
+    guided = Field(model, target, 3.0, source)(x, 0.5)
+    plain = model(torch.cat([x, x]), None, torch.cat([target, source]))[:2]
+    assert guided[0] == plain[0]
+    assert guided[1] != plain[1]

@@ -160,16 +160,20 @@ def test_the_classifier_follows_from_its_seed_and_leaves_the_global_randomness_a
 
 
 def test_a_rare_style_is_drawn_as_often_as_a_common_one():
-    pixels, styles = stripes(128, seed=0)
-    few = torch.cat([(styles == 0).nonzero().flatten(), (styles == 1).nonzero().flatten()[:3]])
-    model = train_style_classifier(pixels[few], styles[few], num_styles=2, steps=40, batch_size=32)
-    unseen, truth = stripes(100, seed=1)
-    assert (model.predict(unseen)[truth == 1] == 1).double().mean() > 0.9
+    # Of pictures that are all the same, a classifier can learn no more than how often each style was drawn: 1/2 here,
+    # but 1/16 if every picture were drawn as often. It averages over at least the last ten batches of 64, so that five
+    # deviations of what it sees are 0.1.
+    grey, styles = torch.full((64, 3, 16, 16), 0.5), (torch.arange(64) < 4).long()
+    model = train_style_classifier(grey, styles, num_styles=2, steps=120, batch_size=64)
+    with torch.no_grad():
+        assert model(grey[:1]).softmax(1)[0, 1].item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_predict_is_the_largest_logit_however_many_pictures_there_are():
     torch.manual_seed(0)
     model = StyleClassifier(3, width=4).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
     pixels = pictures(7, count=130, side=8)
     with torch.no_grad():
         assert torch.equal(model.predict(pixels), model(pixels).argmax(1))

@@ -335,7 +335,7 @@ def test_a_style_of_broken_pictures_only_is_named_and_the_store_is_not_complete(
         draw(tmp_path / "raw" / "ink" / f"{number}.png", seed=number)
     (tmp_path / "raw" / "oil").mkdir()
     bad_pictures(tmp_path / "raw" / "oil")
-    with pytest.raises(UserError, match="style oil has no readable picture"):
+    with pytest.raises(UserError, match="oil: no picture of this style can be read"):
         preprocess(make_config(tmp_path), cpu, quiet=True)
     meta = read_meta(tmp_path / "latents")
     assert meta is None or not meta.complete

@@ -135,6 +135,11 @@ def test_an_epoch_covers_every_picture_once_but_for_what_fills_no_batch(count, b
         assert len(seen) == len(set(seen)) == steps * batch and set(seen) <= set(range(count))
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    orders = {tuple(drawn(40, 40, [epoch])[0].x1[:, 0, 0, 0].tolist()) for epoch in range(5)}
+    assert len(orders) == 5
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.15, 1.0])
 def test_labels_are_dropped_at_their_rate_and_the_others_are_the_pictures(probability):
     batches = drawn(256, 64, range(64), label_drop_prob=probability)
@@ -152,7 +157,7 @@ def test_half_of_the_pictures_are_mirrored_as_a_whole_and_times_and_noise_have_t
     assert set(mirrored.unique().tolist()) == {-1.0, 1.0} and (mirrored == mirrored[:, :1]).all()
     assert abs((mirrored[:, 0] < 0).double().mean().item() - 0.5) < 4 * 0.5 / 64
     t, x0 = torch.cat([b.t for b in batches]), torch.cat([b.x0 for b in batches])
-    assert abs(t.mean() - 0.5) < 0.02 and abs(t.var() - 1 / 12) < 0.005 and 0 <= t.min() and t.max() < 1
+    assert abs(t.mean() - 0.5) < 0.02 and abs(t.var() - 1 / 12) < 0.005 and t.min() >= 0 and t.max() < 1
     assert abs(x0.mean()) < 0.03 and abs(x0.var() - 1) < 0.05
 
 
