@@ -68,7 +68,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: checkpoint entries missing or unknown: {', '.join(sorted(tree.keys() ^ names))}")
     tree.pop("format")
     tree["config"] = config_from_dict(tree["config"], where=str(path))
-    tree["latents"] = LatentSpec(**tree["latents"])
+    try:
+        tree["latents"] = LatentSpec(**tree["latents"])
+    except TypeError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
     return Checkpoint(**tree)
 
 
@@ -110,11 +113,10 @@ def epoch_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """The checkpoint with the most steps that can be read; None where there is none. Damaged ones are passed over."""
+    """The checkpoint with the most steps; None where there is none. Damaged ones are passed over, unless all are."""
     best = None
-    for path in [folder / INTERRUPTED, *reversed(epoch_checkpoints(folder))]:
-        if not path.exists():
-            continue
+    paths = [path for path in (folder / INTERRUPTED, *reversed(epoch_checkpoints(folder))) if path.exists()]
+    for path in paths:
         try:
             found = load_checkpoint(path)
         except UserError as error:
@@ -124,4 +126,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
             best = (path, found)
         if path.name != INTERRUPTED:  # older ones have fewer steps
             break
+    if paths and best is None:
+        raise UserError(f"{folder}: none of its {len(paths)} checkpoints can be read; use another checkpoint.save_dir")
     return best

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -118,12 +119,9 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 def config_from_dict(tree: dict, where: str = "config") -> Config:
     """Check a nested dict against the dataclasses; `where` names its origin in error messages."""
     config = Config()
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: a config is a JSON object of sections, not {_show(tree)}")
+    _check_sections(tree, where)
     for section, values in tree.items():
         _known(section, config, where, prefix="")
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: {section} must be a JSON object, not {_show(values)}")
         target = getattr(config, section)
         hints = typing.get_type_hints(type(target))
         for name, value in values.items():
@@ -136,15 +134,15 @@ def config_from_dict(tree: dict, where: str = "config") -> Config:
 
 def apply_overrides(tree: dict, overrides: Iterable[str]) -> dict:
     """A copy of the config dict with `section.key=value` texts put in; values are JSON, or else plain text."""
-    tree = {section: dict(values) if isinstance(values, dict) else values for section, values in tree.items()}
+    tree = {section: dict(values) for section, values in tree.items()}
     for text in overrides:
         name, equals, value = text.partition("=")
-        section, dot, entry = name.strip().partition(".")
-        if not equals or not dot:
+        section, _, entry = name.strip().partition(".")
+        if not (equals and section and entry):
             raise UserError(f"--set {text}: write it as section.key=value, e.g. training.learning_rate=1e-5")
         try:
             parsed = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             parsed = value
         tree.setdefault(section, {})[entry] = parsed
     return tree
@@ -165,9 +163,21 @@ def _read_json(path: Path) -> dict:
     # Strings are matched first, so that a // inside one (a URL) is not taken for a comment.
     text = re.sub(r'("(?:\\.|[^"\\\n])*")|//[^\n]*', lambda match: match.group(1) or "", text)
     try:
-        return json.loads(text)
+        tree = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON at line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a config ({error})") from None
+    _check_sections(tree, str(path))
+    return tree
+
+
+def _check_sections(tree: Any, where: str) -> None:
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: a config is a JSON object of sections, not {_show(tree)}")
+    for section, values in tree.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {section} must be a JSON object, not {_show(values)}")
 
 
 def _known(name: str, target: Any, where: str, prefix: str) -> None:
@@ -189,12 +199,13 @@ def _checked(value: Any, hint: Any, spec: types.MappingProxyType, where: str) ->
         entries = typing.get_args(hint)
         if not isinstance(value, list | tuple) or len(value) != len(entries):
             raise UserError(f"{where} = {_show(value)}: must be {allowed}")
-        return tuple(_checked(v, h, spec, where) for v, h in zip(value, entries, strict=True))
+        pairs = enumerate(zip(value, entries, strict=True))
+        return tuple(_checked(entry, hint, spec, f"{where}[{number}]") for number, (entry, hint) in pairs)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = is_number if hint is float else isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
     if fits and is_number:
         low, high = spec["low"], spec["high"]  # written so that NaN fails
-        fits = (low is None or value >= low) and (high is None or value <= high) and abs(value) != float("inf")
+        fits = (low is None or value >= low) and (high is None or value <= high) and abs(value) <= sys.float_info.max
     if not fits or (spec["choices"] and value not in spec["choices"]):
         raise UserError(f"{where} = {_show(value)}: must be {allowed}")
     return float(value) if hint is float else value

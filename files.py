@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from cli import UserError
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yields a path beside the target to write to; only when the block succeeds does it take the target's name.
 
-    The text before the suffix is kept out of the way (`.name.tmp123.png`), so that writers which look at the suffix
-    work, and so that no reader of the folder takes an unfinished file for a finished one.
+    It is hidden and keeps the suffix (`.name.tmp123.png`), so that writers which look at the suffix work and no reader
+    of the folder takes an unfinished file for a finished one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    beside = path.with_name(f".{path.stem[:64]}.tmp{os.getpid()}{path.suffix}")  # names may be 255 bytes long
     try:
         yield beside
         with open(beside, "rb+") as file:
@@ -45,17 +46,19 @@ def load_data(path: str | Path, what: str) -> Any:
         raise UserError(f"{path}: is a folder, not a {what}")
     if not path.exists():
         raise UserError(f"{path}: no such {what}")
+    if not zipfile.is_zipfile(path):  # torch's format; false for a file that was cut off, too
+        raise UserError(f"{path}: damaged, or not a {what}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a {what}: it holds more than plain data, and was not run") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: damaged or not a {what} ({reason})") from None
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+        raise UserError(f"{path}: damaged, or not a {what} ({reason})") from None
 
 
 def natural_order(name: str) -> tuple:
     """Sort key under which user2 comes before user10; upper and lower case are told apart only at the end."""
     return [
-        (not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name.lower())
+        (not part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", name.lower())
     ], name

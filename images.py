@@ -24,7 +24,7 @@ def open_picture(path: str | Path) -> Image.Image:
     """Any picture file as 8-bit RGB, turned upright by its EXIF tag, transparency laid on white."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # large, or of odd metadata: not the user's concern
             with Image.open(path) as picture:
                 picture.load()
                 return _to_rgb(ImageOps.exif_transpose(picture))
@@ -39,7 +39,7 @@ def open_picture(path: str | Path) -> Image.Image:
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith(("I", "F")):  # 16-bit and float grey, which PIL would clip at 255
         grey = np.asarray(picture).astype(np.float64)
-        top = 255 if 1 < grey.max() <= 255 else 1 if grey.max() <= 1 and picture.mode == "F" else 65535
+        top = 65535 if picture.mode != "F" else 255 if grey.max() > 1 else 1
         return Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -93,7 +93,8 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
 def find_pictures(folder: Path) -> list[Path]:
     """Every picture below `folder`, nested ones too, relative to it and sorted; hidden files are none."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path.relative_to(folder) for path in files)
     return sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
 
 

@@ -8,6 +8,7 @@ of the training split, which travel with the checkpoint as part of its `LatentSp
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 from cli import UserError
+from config import TrainingConfig
 from files import load_data, remove_unfinished, written_whole
+from flow import drop_labels, pair_noise, sample_time
 
 FORMAT = 1
 
@@ -54,7 +57,7 @@ class LatentSpec:
         """The id of a style given by name, or by id as text."""
         if style in self.styles:
             return self.styles.index(style)
-        if style.isdigit() and int(style) < len(self.styles):
+        if style.isdecimal() and int(style) < len(self.styles):
             return int(style)
         known = ", ".join(f"{number} = {name}" for number, name in enumerate(self.styles))
         raise UserError(f"style {style!r} does not exist; there are: {known}")
@@ -133,15 +136,13 @@ def read_latent(path: Path) -> dict:
 
 
 def held_out(names: Iterable[str], fraction: float) -> set[str]:
-    """The names of the validation split: those whose hash falls below `fraction`, and at least one of two or more.
+    """The names of one style's validation split: those whose hash falls below `fraction`.
 
-    A hash, not a shuffle, so that adding pictures never moves one from validation to training.
+    A hash, not a shuffle, so that adding pictures never moves one from validation to training. Few pictures may
+    leave the split empty; that of the highest hash is always trained on, so that no style is held out whole.
     """
     rank = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
-    chosen = {name for name, value in rank.items() if value < fraction}
-    if fraction > 0 and not chosen and len(rank) > 1:
-        chosen = {min(rank, key=rank.get)}
-    return chosen
+    return {name for name, value in rank.items() if value < min(fraction, max(rank.values()))}
 
 
 #################################################################################
@@ -207,3 +208,51 @@ def _packed(root: Path, split: str, names: list[str], shape: tuple[int, ...]) ->
             _fill(latents, root, names)
             latents.flush()
     return np.load(path, mmap_mode="r")
+
+
+#################################################################################
+#                 What is drawn at a step: a function of (seed, step)           #
+#################################################################################
+
+
+@dataclass
+class Batch:
+    x0: Tensor  # (B, C, h, w) noise
+    x1: Tensor  # (B, C, h, w) standardised latents
+    t: Tensor  # (B,)
+    style: Tensor  # (B,) int64, some of them the null style
+
+    def part(self, chosen: slice) -> "Batch":
+        return Batch(self.x0[chosen], self.x1[chosen], self.t[chosen], self.style[chosen])
+
+    def to(self, device: torch.device, channels_last: bool) -> "Batch":
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x0, x1 = (x.to(device, memory_format=layout, non_blocking=True) for x in (self.x0, self.x1))
+        return Batch(x0, x1, self.t.to(device), self.style.to(device))
+
+
+def seeded(seed: int, stream: str, number: int) -> torch.Generator:
+    """A CPU generator of its own for every (seed, stream, number): nothing to store, nothing to fast-forward."""
+    words = np.random.SeedSequence([seed, *stream.encode(), number]).generate_state(2)
+    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=seeded(seed, "order", epoch))
+
+
+def draw_batch(split: LatentSplit, training: TrainingConfig, step: int, null_style: int) -> Batch:
+    """The whole batch of optimiser step `step`; each process then takes its share of it."""
+    steps_per_epoch = len(split) // training.batch_size
+    epoch, place = divmod(step, steps_per_epoch)
+    order = epoch_order(training.seed, epoch, len(split))
+    index = order[place * training.batch_size : (place + 1) * training.batch_size]
+    generator = seeded(training.seed, "batch", step)
+    mirrored = torch.rand(len(index), generator=generator) < 0.5
+    x1, style = split.batch(index, mirrored)
+    x0 = torch.randn(x1.shape, generator=generator)
+    t = sample_time(len(index), training.time_sampling, generator)
+    if training.coupling == "ot":
+        x0 = pair_noise(x0, x1, style)
+    return Batch(x0, x1, t, drop_labels(style, training.label_drop_prob, null_style, generator))

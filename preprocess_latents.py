@@ -20,7 +20,7 @@ from tqdm import tqdm
 import images
 from autoencoder import load_autoencoder
 from cli import UserError, add_device_flags, new_parser, pick_device, run
-from config import Config, DataConfig, load_config
+from config import Config, load_config
 from files import natural_order, remove_unfinished
 from latents import LatentSpec, StoreMeta, fingerprint, held_out, read_latent, read_meta, write_latent
 
@@ -44,10 +44,10 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
     entries = {
         f"{style}/{name.as_posix()}.pt": raw_root / style / name for style in pictures for name in pictures[style]
     }
+    meta.write(root)  # not complete from here on
     report = Report(removed=_remove_stale(root, meta, entries), meta=meta)
     todo = [(entry, path) for entry, path in entries.items() if not _is_current(root / entry, path, meta.flip)]
     report.kept = len(entries) - len(todo)
-    meta.write(root)
     started = time.perf_counter()
     for entry, reason in _encode(todo, root, meta, codec, config, device, quiet):
         if reason:
@@ -56,13 +56,14 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
             del entries[entry]
         else:
             report.encoded += 1
+    _check_styles(raw_root, meta.latents.styles, entries, report.skipped)
     report.seconds = time.perf_counter() - started
-    _finish(root, meta, list(entries), config.data)
+    _finish(root, meta, list(entries), config.data.val_fraction)
     return report
 
 
 def find_styles(raw_root: Path, expected: int | None) -> dict[str, list[Path]]:
-    """Style name -> its pictures, in natural order; the folders are the styles."""
+    """Style name -> its pictures; the folders are the styles, in natural order."""
     if not raw_root.is_dir():
         raise UserError(f"{raw_root}: no such folder; put one folder of pictures a style there (data.raw_data_root)")
     folders = [path for path in raw_root.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -99,19 +100,22 @@ def _prepare_meta(root: Path, config: Config, codec: nn.Module, styles: list[str
                 raise UserError(
                     f"{root}: the store has {key} {was}, not {now}; use another data.data_root or delete it"
                 )
-        gone = [style for style in old.latents.styles if style not in styles]
+        # A style that has no latents yet (all its pictures were bad) may go as it came.
+        kept = [style for style in old.latents.styles if style in styles or any((root / style).rglob("*.pt"))]
+        gone = [style for style in kept if style not in styles]
         if gone:
             raise UserError(
                 f"{config.data.raw_data_root}: the style folder {gone[0]} has vanished; put it back, or delete {root}"
             )
         # Ids of known styles stay; new styles come behind them.
-        spec.styles = old.latents.styles + [style for style in styles if style not in old.latents.styles]
+        spec.styles = kept + [style for style in styles if style not in kept]
     return StoreMeta(spec, config.data.flip)
 
 
 def _remove_stale(root: Path, meta: StoreMeta, entries: dict[str, Path]) -> int:
     """Delete entries whose picture has gone, and what a killed run left unfinished."""
     removed = 0
+    remove_unfinished(root)
     for style in meta.latents.styles:
         for path in list((root / style).rglob("*.pt")):
             remove_unfinished(path.parent)
@@ -185,15 +189,21 @@ def _encode(
             bar.update(len(items))
 
 
-def _finish(root: Path, meta: StoreMeta, entries: list[str], data: DataConfig) -> None:
+def _check_styles(raw_root: Path, styles: list[str], entries: Iterable[str], skipped: list[str]) -> None:
+    """A style all of whose pictures are bad is an error that shows the first reason."""
+    readable = {entry.partition("/")[0] for entry in entries}
+    for style in styles:
+        if style not in readable:
+            reason = next(line for line in skipped if line.startswith(str(raw_root / style)))
+            raise UserError(f"{raw_root / style}: no picture of this style can be read; the first: {reason}")
+
+
+def _finish(root: Path, meta: StoreMeta, entries: list[str], val_fraction: float) -> None:
     """Split, statistics and counts: the store is complete."""
     val = set()
     for style in meta.latents.styles:
-        val |= held_out((entry for entry in entries if entry.startswith(f"{style}/")), data.val_fraction)
+        val |= held_out((entry for entry in entries if entry.startswith(f"{style}/")), val_fraction)
     meta.split = {"train": sorted(set(entries) - val), "val": sorted(val)}
-    for style in meta.latents.styles:
-        if not any(entry.startswith(f"{style}/") for entry in meta.split["train"]):
-            raise UserError(f"{Path(data.raw_data_root) / style}: no picture of this style can be read; replace them")
     tally = {name: Counter(entry.partition("/")[0] for entry in names) for name, names in meta.split.items()}
     meta.counts = {style: {name: tally[name][style] for name in tally} for style in meta.latents.styles}
     meta.latents.mean, meta.latents.std = _statistics(root, meta)

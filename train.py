@@ -8,16 +8,13 @@ Randomness is a function of (seed, step): stopping and going on changes nothing.
 """
 
 import argparse
-import functools
 import math
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -38,62 +35,16 @@ from checkpoint import (
 )
 from cli import UserError, allow_tf32, autocast, new_parser, run, stop_signals
 from config import Config, TrainingConfig, load_config
-from flow import drop_labels, flow_loss, pair_noise, sample_time
-from latents import LatentSplit, load_split, open_store
+from files import remove_unfinished
+from flow import flow_loss
+from latents import Batch, draw_batch, load_split, open_store, seeded
 from logbook import Logbook
 from model import count_parameters
 from pipeline import Pipeline, transfer_settings
 
-#################################################################################
-#                 What is drawn at a step: a function of (seed, step)           #
-#################################################################################
-
-
-@dataclass
-class Batch:
-    x0: Tensor  # (B, C, h, w) noise
-    x1: Tensor  # (B, C, h, w) standardised latents
-    t: Tensor  # (B,)
-    style: Tensor  # (B,) int64, some of them the null style
-
-    def part(self, chosen: slice) -> "Batch":
-        return Batch(self.x0[chosen], self.x1[chosen], self.t[chosen], self.style[chosen])
-
-    def to(self, device: torch.device, channels_last: bool) -> "Batch":
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        x0, x1 = (x.to(device, memory_format=layout, non_blocking=True) for x in (self.x0, self.x1))
-        return Batch(x0, x1, self.t.to(device), self.style.to(device))
-
-
-def seeded(seed: int, stream: str, number: int) -> torch.Generator:
-    """A CPU generator of its own for every (seed, stream, number): nothing to store, nothing to fast-forward."""
-    words = np.random.SeedSequence([seed, *stream.encode(), number]).generate_state(2)
-    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    return torch.randperm(count, generator=seeded(seed, "order", epoch))
-
-
-def draw_batch(split: LatentSplit, training: TrainingConfig, step: int, null_style: int) -> Batch:
-    """The whole batch of optimiser step `step`; each process then takes its share of it."""
-    steps_per_epoch = len(split) // training.batch_size
-    epoch, place = divmod(step, steps_per_epoch)
-    order = epoch_order(training.seed, epoch, len(split))
-    index = order[place * training.batch_size : (place + 1) * training.batch_size]
-    generator = seeded(training.seed, "batch", step)
-    mirrored = torch.rand(len(index), generator=generator) < 0.5
-    x1, style = split.batch(index, mirrored)
-    x0 = torch.randn(x1.shape, generator=generator)
-    t = sample_time(len(index), training.time_sampling, generator)
-    if training.coupling == "ot":
-        x0 = pair_noise(x0, x1, style)
-    return Batch(x0, x1, t, drop_labels(style, training.label_drop_prob, null_style, generator))
-
 
 def learning_rate(training: TrainingConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero at the last step, or constant."""
+    """Linear warm-up, then half a cosine that would reach zero one step after the last, or constant."""
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
     if training.lr_schedule == "constant":
@@ -116,6 +67,7 @@ class Trainer:
         """`resume` is None for a new run, "newest", or the path of a checkpoint."""
         self.config, training = config, config.training
         self.folder = Path(config.checkpoint.save_dir)
+        remove_unfinished(self.folder)
         self.accelerator = Accelerator(mixed_precision="no")  # autocast wraps the network alone, see `losses`
         self.device = self.accelerator.device
         allow_tf32(training.tf32)
@@ -162,6 +114,9 @@ class Trainer:
             self.accelerator.print(f"{self.folder}: no checkpoint yet, starting from the beginning")
             return
         path, checkpoint = found
+        was, now = checkpoint.config.training.batch_size, self.config.training.batch_size
+        if was != now:
+            raise UserError(f"{path}: was trained with training.batch_size {was}, not {now}: epochs would not line up")
         for name in ("autoencoder", "image_size", "styles"):
             was, now = getattr(checkpoint.latents, name), getattr(self.spec, name)
             if was != now:
@@ -170,7 +125,10 @@ class Trainer:
         self.spec = self.train.spec = self.val.spec = checkpoint.latents
         load_weights(self.model, checkpoint.model, path)
         load_weights(self.ema.model, checkpoint.ema, path)
+        options = [{key: group[key] for key in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint.optimizer)
+        for group, now in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(now)  # what the config says now, not what it said then
         self.step = checkpoint.step
         self.accelerator.print(f"resumed from {path} at step {self.step}")
 
@@ -296,8 +254,7 @@ class Trainer:
         if logbook and (epoch % training.save_every_epochs == 0 or last):
             self.save(self.folder / f"stage1_epoch{epoch}.pt")
             (self.folder / INTERRUPTED).unlink(missing_ok=True)
-            checkpoints = epoch_checkpoints(self.folder)
-            for old in checkpoints[: -(training.keep_checkpoints or len(checkpoints))]:
+            for old in epoch_checkpoints(self.folder)[: -training.keep_checkpoints]:  # [:-0] is none
                 old.unlink()
             try:
                 self._preview(epoch)

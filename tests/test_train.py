@@ -112,7 +112,7 @@ def fields(batch: train.Batch) -> tuple:
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():
     forwards = drawn(40, 8, range(12))
-    train.epoch_order.cache_clear()
+    latents.epoch_order.cache_clear()
     torch.manual_seed(123)
     backwards = drawn(40, 8, reversed(range(12)))[::-1]
     for one, other in zip(forwards, backwards, strict=True):
