@@ -232,3 +232,9 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(made, tmp_path, capsys):
 def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "none") is None
+
+
+def test_a_folder_of_damaged_checkpoints_is_no_fresh_start(tmp_path):
+    (tmp_path / "stage1_epoch3.pt").write_bytes(b"cut")
+    with pytest.raises(UserError, match="none of its 1 checkpoints can be read"):
+        newest_checkpoint(tmp_path)

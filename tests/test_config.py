@@ -309,3 +309,20 @@ def test_config_to_dict_and_back_is_the_identity_through_json_too(values):
     tree = config_to_dict(config)
     assert config_from_dict(tree) == config
     assert config_from_dict(json.loads(json.dumps(tree))) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "3", '{"model": 3}', "[" * 10**5, '{"training": {"learning_rate": 1' + "0" * 400 + "}}"]
+)
+def test_any_other_json_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "odd.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"odd\.json") as caught:
+        load_config(path, ["model.hidden_dim=64"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [".=3", "training.=3", ".learning_rate=3", "training=3", "training.learning_rate"])
+def test_a_set_that_names_no_key_says_how_to_write_it(text):
+    with pytest.raises(UserError, match=r"section\.key=value"):
+        load_config(None, [text])

@@ -154,3 +154,18 @@ def test_any_mixture_of_digits_and_letters_can_be_sorted_into_one_order(names):
     once = sorted(names, key=natural_order)
     assert sorted(names[1:] + names[:1], key=natural_order) == once
     assert sorted(once) == sorted(names)
+
+
+def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
+    path = tmp_path / ("a" * 251 + ".txt")
+    with written_whole(path) as beside:
+        beside.write_text("whole")
+    assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("content", [b"", b"P", b"PK\x03", b"text", b"\x80\x02."])
+def test_what_is_no_torch_file_is_named_so(tmp_path, content):
+    path = tmp_path / "broken.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.pt: damaged, or not a checkpoint$"):
+        load_data(path, "checkpoint")

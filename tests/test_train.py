@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import latents
 import train
 from checkpoint import INTERRUPTED, epoch_checkpoints, load_checkpoint
 from cli import UserError
@@ -520,3 +521,13 @@ def test_a_missing_checkpoint_and_a_missing_store_are_one_line(config, store):
         Trainer(config(), str(store / "none.pt"))
     with pytest.raises(UserError, match=r"no latent store here; run: python preprocess_latents\.py"):
         Trainer(config({"data.data_root": str(store / "none")}))
+
+
+def test_a_diverged_network_costs_the_preview_and_not_the_run(config, capsys):
+    trainer = Trainer(config())
+    with torch.no_grad():
+        trainer.ema.model.head.bias.fill_(math.nan)
+    trainer.ema.update = lambda model, step: None
+    trainer.fit(quiet=True)
+    assert trainer.step == trainer.total_steps
+    assert "no preview" in capsys.readouterr().out
