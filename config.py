@@ -46,7 +46,7 @@ class ModelConfig:
 class TrainingConfig:
     batch_size: int = key(64, "pictures an optimiser step, over all processes", 1)
     micro_batch_size: int | None = key(None, "pictures at once on a device; less memory, same gradients", 1)
-    learning_rate: float = key(1e-4, "AdamW's peak rate; small models take 5e-4 to 1e-3", 0)
+    learning_rate: float = key(1e-4, "AdamW's peak rate; small models (D 128) take 1e-3 to 4e-3", 0)
     stage1_epochs: int = key(200, "passes over the training pictures", 1)
     warmup_steps: int = key(500, "linear warm-up of the rate: early steps are noisy", 0)
     lr_schedule: str = key("cosine", "after the warm-up", choices=("cosine", "constant"))

@@ -326,3 +326,11 @@ def test_any_other_json_is_refused_in_one_line(tmp_path, text):
 def test_a_set_that_names_no_key_says_how_to_write_it(text):
     with pytest.raises(UserError, match=r"section\.key=value"):
         load_config(None, [text])
+
+
+@pytest.mark.parametrize("page", ["USAGE_GUIDE.md", "USAGE_GUIDE_zh.md"])
+def test_the_guide_lists_every_key_with_its_default(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, entry in KEYS.items():
+        default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+        assert f"| `{name.partition('.')[2]}` | `{json.dumps(default)}` |" in text, name
