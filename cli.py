@@ -50,6 +50,15 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             raise
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except torch.OutOfMemoryError:
+        if args.debug:
+            raise
+        print(
+            "error: the device is out of memory; for training try --set training.gradient_checkpointing=true, then "
+            "--set training.micro_batch_size=16; for pictures a smaller --batch_size or --size",
+            file=sys.stderr,
+        )
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

@@ -139,9 +139,11 @@ class Trainer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.losses(self.model, self._share(self.step)[0]).mean().backward()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no compiler, an unsupported platform: many types, one answer
             self.model._compiled_call_impl = None
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.accelerator.print(f"warning: torch.compile does not work here ({reason}); going on without it")
         self.model.zero_grad()
 
