@@ -55,7 +55,9 @@ class DiffusersAutoencoder(nn.Module):
 
 def _load_vae(name: str) -> nn.Module:
     import diffusers  # seconds to import, so only where it is used
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # without a network it would tell of every retry; the one line below tells the rest
     classes = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
     try:
         class_name = diffusers.AutoencoderKL.load_config(name).get("_class_name")

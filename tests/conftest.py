@@ -1,7 +1,10 @@
 """Shared by the tests: drawn pictures, a tiny config, and a tiny latent store that is encoded once."""
 
+import os
 import shutil
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
 
 import numpy as np
 import pytest

@@ -243,7 +243,7 @@ def test_evaluate_reports_figures_sheets_and_an_exact_round_trip(studio, within)
         (["--input", "nowhere.png"], ["nowhere.png", "no such file"]),
         (["--input", "config.json"], ["config.json", "not a picture"]),
         (["--input", "checkpoints/stage1_epoch2.pt"], ["not a latent of the store"]),
-        (["--input", "checkpoints"], ["holds no pictures"]),
+        (["--input", "latents"], ["holds no pictures"]),
         (["--output", "x.xyz"], ["x.xyz", ".png"]),
         (["--output", "raw_data"], ["is a folder"]),
         (["--output", "raw_data/cold/001.png"], ["overwritten"]),
