@@ -2,13 +2,14 @@
 
 python train.py                                  # config.json, one process, GPU or CPU
 python train.py --resume                         # go on from the newest checkpoint
-accelerate launch --num_processes 2 train.py     # the same run on two processes
+torchrun --nproc_per_node 2 train.py             # the same run on two processes, GPUs or CPUs
 
 Randomness is a function of (seed, step): stopping and going on changes nothing.
 """
 
 import argparse
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -68,7 +69,9 @@ class Trainer:
         self.config, training = config, config.training
         self.folder = Path(config.checkpoint.save_dir)
         remove_unfinished(self.folder)
-        self.accelerator = Accelerator(mixed_precision="no")  # autocast wraps the network alone, see `losses`
+        # Autocast wraps the network alone, see `losses`; without GPUs accelerate must be told of several processes.
+        many_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=many_on_cpu, mixed_precision="no")
         self.device = self.accelerator.device
         allow_tf32(training.tf32)
         root = Path(config.data.data_root)
