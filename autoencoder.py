@@ -10,6 +10,7 @@ Latents here are the autoencoder's own, with its shift and scale applied; `laten
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ def _load_vae(name: str) -> nn.Module:
 
     logging.set_verbosity_error()  # without a network it would tell of every retry; the one line below tells the rest
     classes = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of its own use by diffusers
     try:
         class_name = diffusers.AutoencoderKL.load_config(name).get("_class_name")
         if class_name not in classes:
