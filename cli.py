@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -39,6 +40,8 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
     """Parse, call `main`, end the process: 0 done, 1 done in part or a check failed, 2 bad input, 130 interrupted."""
     args = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a log file tells as it goes, not at the end
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         status = main(args) or 0
         sys.stdout.flush()
