@@ -61,7 +61,7 @@ class TrainingConfig:
     tf32: bool = key(True, "TF32 for what stays float32 on CUDA")
     channels_last: bool = key(True, "NHWC memory: what depthwise and pointwise layers are fast in")
     compile: bool = key(True, "torch.compile; falls back with a warning where no compiler is found")
-    gradient_checkpointing: bool = key(False, "recompute blocks backwards: far less memory, a third slower")
+    gradient_checkpointing: bool = key(False, "recompute blocks backwards: far less memory, a second forward")
     num_workers: int = key(4, "processes that decode pictures in preprocessing; 0 is in this process", 0, 256)
     log_every_steps: int = key(20, "a line in metrics.jsonl and TensorBoard", 1)
     save_every_epochs: int = key(10, "a checkpoint and a preview picture", 1)

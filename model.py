@@ -149,7 +149,7 @@ class IsoNext(nn.Module):
                 nn.init.zeros_(module.bias)
             if isinstance(module, AdaGN):  # a plain GroupNorm at start
                 nn.init.zeros_(module.affine.weight)
-            if isinstance(module, DepthwiseConv):  # each channel begins by seeing itself: learns twice as fast
+            if isinstance(module, DepthwiseConv):  # each channel begins by seeing itself
                 with torch.no_grad():
                     module.weight[:, :, module.padding[0], module.padding[1]] += 1
             if isinstance(module, Block):  # near the identity at start, whatever the depth

@@ -115,13 +115,13 @@ def _prepare_meta(root: Path, config: Config, codec: nn.Module, styles: list[str
 def _remove_stale(root: Path, meta: StoreMeta, entries: dict[str, Path]) -> int:
     """Delete entries whose picture has gone, and what a killed run left unfinished."""
     removed = 0
-    remove_unfinished(root)
-    for style in meta.latents.styles:
-        for path in list((root / style).rglob("*.pt")):
-            remove_unfinished(path.parent)
-            if path.exists() and path.relative_to(root).as_posix() not in entries:
-                path.unlink()
-                removed += 1
+    stored = [path for style in meta.latents.styles for path in (root / style).rglob("*.pt")]
+    for folder in {root, *(path.parent for path in stored)}:
+        remove_unfinished(folder)
+    for path in stored:
+        if path.exists() and path.relative_to(root).as_posix() not in entries:
+            path.unlink()
+            removed += 1
     return removed
 
 

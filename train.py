@@ -68,7 +68,6 @@ class Trainer:
         """`resume` is None for a new run, "newest", or the path of a checkpoint."""
         self.config, training = config, config.training
         self.folder = Path(config.checkpoint.save_dir)
-        remove_unfinished(self.folder)
         # Autocast wraps the network alone, see `losses`; without GPUs accelerate must be told of several processes.
         many_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
         self.accelerator = Accelerator(cpu=many_on_cpu, mixed_precision="no")
@@ -87,6 +86,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, training)
         self.step = self.bad_steps = self.skipped = 0
         self._load(resume)
+        remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
         self.steps_per_epoch = len(self.train) // training.batch_size
         self.total_steps = training.stage1_epochs * self.steps_per_epoch
         if training.compile and self.step < self.total_steps:

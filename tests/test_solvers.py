@@ -232,7 +232,7 @@ def test_the_network_of_these_tests_is_far_from_trivial():
 def test_a_leapfrog_leg_is_undone_bit_for_bit_on_any_grid_from_any_state(state, grid):
     end = leapfrog_leg(Field(MODEL, A), state, grid[::-1])
     assert same(leapfrog_leg(Field(MODEL, A), end, grid), state)
-    assert grid[0] == grid[-1] or not same(end, state)
+    assert grid[-1] - grid[0] < 0.01 or not same(end, state)  # so the legs do something
 
 
 @quick
@@ -253,7 +253,7 @@ def test_style_a_to_b_to_c_to_b_to_a_comes_back_bit_for_bit(state, grid):
     in_c = change(in_b, B, C)
     assert same(change(in_c, C, B), in_b)
     assert same(change(change(in_c, C, B), B, A), state)
-    assert grid[0] == grid[-1] or not same(in_b, in_c)
+    assert grid[-1] - grid[0] < 0.01 or not same(in_b, in_c)
 
 
 #################################################################################

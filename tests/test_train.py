@@ -531,3 +531,14 @@ def test_a_diverged_network_costs_the_preview_and_not_the_run(config, capsys):
     trainer.fit(quiet=True)
     assert trainer.step == trainer.total_steps
     assert "no preview" in capsys.readouterr().out
+
+
+def test_a_refused_run_leaves_alone_what_another_is_writing_and_a_resumed_one_clears_up(config):
+    folder = train.train(config(), quiet=True).folder
+    writing = folder / ".stage1_epoch9.tmp123.pt"
+    writing.write_bytes(b"half")
+    with pytest.raises(UserError, match="--resume"):
+        Trainer(config())
+    assert writing.exists()
+    Trainer(config(), resume="newest")
+    assert not writing.exists()
