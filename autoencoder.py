@@ -8,9 +8,12 @@ Both are modules with the same face: `name`, `channels`, `factor` (pixels a late
 Latents here are the autoencoder's own, with its shift and scale applied; `latents.py` standardises them.
 """
 
+import itertools
 import math
 import re
 import warnings
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -76,6 +79,61 @@ def _load_vae(name: str) -> nn.Module:
         raise UserError(
             f"autoencoder {name}: no such local folder, not in the cache, and the hub was not reached; {WAYS_OUT}"
         ) from None
+
+
+#################################################################################
+#                                 Large pictures                                #
+#################################################################################
+
+
+def tiled(work: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, ratio: Fraction) -> Tensor:
+    """`work` on overlapping square tiles of x (B, C, H, W), blended by linear ramps within the overlaps, in float32.
+
+    `work` multiplies the sides by `ratio`, which must make whole numbers of H, W, tile and overlap. Sides in cells of
+    x. (What diffusers has for this takes four latent channels for granted in one of its two autoencoders.)
+    """
+    size = x.shape[-2:]
+    spans = [_spans(length, tile, overlap) for length in size]
+    total, weight = None, None
+    for (top, bottom), (left, right) in itertools.product(*spans):
+        part = work(x[..., top:bottom, left:right]).float()
+        if total is None:
+            total = part.new_zeros(*part.shape[:2], *(int(side * ratio) for side in size))
+            weight = total[:1, :1].clone()
+        place = [slice(int(a * ratio), int(b * ratio)) for a, b in ((top, bottom), (left, right))]
+        ramps = [
+            _ramp(a > 0, b < length, int(overlap * ratio), part.shape[axis])
+            for (a, b), length, axis in zip(((top, bottom), (left, right)), size, (2, 3), strict=True)
+        ]
+        mask = (ramps[0][:, None] * ramps[1]).to(part)
+        total[..., place[0], place[1]] += mask * part
+        weight[..., place[0], place[1]] += mask
+    return total / weight
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Tiles of one axis: equally long, the last one moved back to end with the axis."""
+    if length <= tile:
+        return [(0, length)]
+    starts = [*range(0, length - tile, tile - overlap), length - tile]
+    return [(start, start + tile) for start in starts]
+
+
+def _ramp(before: bool, after: bool, overlap: int, length: int) -> Tensor:
+    """Weights (length,) of a tile: 1, falling to 0 over the middle quarter of the overlap where it has a neighbour.
+
+    What lies further out does not count at all: there a convolution has seen the tile's edge instead of the picture.
+    """
+    rise = (((torch.arange(length) + 0.5) - overlap * 3 / 8) / (overlap / 4)).clamp_min(0)
+    weight = torch.ones(length)
+    if before:
+        weight = weight.minimum(rise)
+    return weight.minimum(rise.flip(0)) if after else weight
+
+
+#################################################################################
+#                               The built-in codec                              #
+#################################################################################
 
 
 class DctCodec(nn.Module):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
-    """Parse, call `main`, end the process: 0 done, 1 done in part or a check failed, 2 bad input, 130 interrupted."""
+    """Parse, call `main`, end the process: 0 done, 1 done in part or a check failed, 2 bad input,
+    3 a certificate that was asked for does not hold, 130 interrupted."""
     args = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file tells as it goes, not at the end
         sys.stdout.reconfigure(line_buffering=True)
@@ -108,6 +110,31 @@ def pick_device(name: str) -> torch.device:
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     """BF16 autocast for the network alone; the state of the flow, its path and its loss stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def device_name(device: torch.device) -> str:
+    """What a figure was measured on, or bits were made on: a CPU's sums depend on its threads and instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {capability}"
+    return device.type
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """Within, CUDA takes only kernels that give the same bits for the same input; a CPU's do so anyway."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if enabled and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def allow_tf32(enabled: bool) -> None:

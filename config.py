@@ -92,12 +92,28 @@ class CheckpointConfig:
 
 @dataclass
 class InferenceConfig:
-    method: str = key("alf", "alf is reversible bit for bit", choices=("alf", "euler", "midpoint", "heun", "rk4"))
+    method: str = key(
+        "alf",
+        "alf is reversible bit for bit; flowedit does without an inversion",
+        choices=("alf", "euler", "midpoint", "heun", "rk4", "flowedit"),
+    )
     num_steps: int = key(20, "solver steps a leg", 1)
-    cfg_scale: float = key(1.5, "guidance of the generation leg; 1 is none and costs half", 0, 100)
-    cfg_interval: tuple[float, float] = key((0.0, 1.0), "guidance acts for t inside it", 0, 1)
+    time_grid: str = key("uniform", "cosine is finer towards both ends", choices=("uniform", "cosine"))
+    time_shift: float = key(
+        1.0, "above 1 the steps are finer towards the picture, below 1 towards structure", 0.01, 100
+    )
+    inversion: str = key(
+        "explicit",
+        "fixed_point solves for the inverse of a method other than alf, in float32",
+        choices=("explicit", "fixed_point"),
+    )
+    tolerance: float = key(1e-5, "largest residual of a fixed point that counts as solved", 0)
+    cfg_scale: float = key(2.0, "guidance of the generation leg; 1 is none and costs half", 0, 100)
+    cfg_interval: tuple[float, float] = key((0.2, 0.8), "guidance acts for t inside it", 0, 1)
     guidance: str = key("source", "contrast with the source style, or the null style", choices=("source", "null"))
+    cfg_rescale: float = key(0.0, "how far guidance's gain in contrast is taken back", 0, 1)
     latent_clamp: float | None = key(None, "bound of the final standardised latent; null is none", 0)
+    noise_samples: int = key(1, "flowedit's noises, of which it takes the mean; each costs a transfer", 1)
 
 
 @dataclass
@@ -191,6 +207,8 @@ def _known(name: str, target: Any, where: str, prefix: str) -> None:
 def _checked(value: Any, hint: Any, spec: types.MappingProxyType, where: str) -> Any:
     """`value` as the type of its key, or an error that says what is allowed."""
     allowed = _describe(hint, spec)
+    if value is None and "null" in spec["choices"]:  # --set inference.guidance=null is read as JSON
+        return "null"
     if isinstance(hint, types.UnionType):  # `T | None`
         if value is None:
             return None

@@ -16,7 +16,7 @@ from checkpoint import epoch_checkpoints
 from cli import UserError, new_parser, pick_device, run
 from config import load_config
 from demo_pictures import draw_folders
-from evaluate import evaluate, figures_table, write_report
+from evaluate import evaluate, figures_table, make_ruler, write_report
 from logbook import plot_losses
 from pipeline import load_pipeline, transfer_settings
 from preprocess_latents import preprocess, print_report
@@ -51,11 +51,14 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{config.checkpoint.save_dir}: no checkpoint was written; delete {output} and run again")
     pipeline, _ = load_pipeline(checkpoints[-1], device)
     how = transfer_settings(config.inference)
-    result = evaluate(pipeline, Path(config.data.raw_data_root), pictures / "test", how, pairs=True)
-    write_report(result, how, output)
+    if config.training.compile:
+        pipeline.compile()
+    ruler = make_ruler(pipeline, Path(config.data.raw_data_root), pictures / "test")
+    result = evaluate(pipeline, ruler, how, pairs=True)
+    write_report(ruler, [result], output)
     plot_losses(Path(config.checkpoint.save_dir) / "metrics.jsonl", output / "losses.png")
 
-    print(f"\n{figures_table(result)}\n")
+    print(f"\n{figures_table(ruler, [result])}\n")
     sheets = ", ".join(str(output / f"{source}_to_{target}.png") for source, target in result.sheets)
     print(f"look at {sheets} and {output / 'losses.png'}   ({time.perf_counter() - started:.0f} s)")
     return 0

@@ -7,8 +7,10 @@ python evaluate.py --checkpoint checkpoints/stage1_epoch200.pt --data raw_data/t
 
 import argparse
 import json
+import math
+import re
 from dataclasses import asdict, dataclass
-from itertools import chain, permutations
+from itertools import chain, permutations, product
 from pathlib import Path
 
 import torch
@@ -21,7 +23,11 @@ from config import apply_overrides, config_from_dict, config_to_dict
 from files import written_whole
 from metrics import StyleClassifier, psnr, ssim, train_style_classifier
 from pipeline import Pipeline, load_pipeline, transfer_settings
-from solvers import LatticeState, TransferSettings
+from solvers import LATTICE, LatticeState
+from structure import Certificate
+from transfers import TransferSettings
+
+LOSSLESS = 100.0  # dB: what equal pictures count for in a mean; JSON has no infinity
 
 
 @dataclass
@@ -38,15 +44,24 @@ class PairFigures:
     source_ssim_to_pair: float | None  # the same before the transfer: what doing nothing gives
     psnr_to_pair: float | None  # dB
     source_psnr_to_pair: float | None
-    round_trip_differing: int  # latent elements that a transfer and its undoing change, of `round_trip_elements`
+    round_trip_differing: int | None  # latent elements that a transfer and its undoing change; None for flowedit
     round_trip_elements: int
     round_trip_max: float  # the largest change, in deviations of the latents
 
 
 @dataclass
-class Evaluation:
+class Ruler:
+    """What every setting is measured with."""
+
+    test: dict[str, dict[str, Tensor]]  # style -> picture's name -> pixels
+    classifier: StyleClassifier
     classifier_accuracy: float  # on held-out pictures: the ceiling of style_success
     reconstruction_psnr: float  # of the autoencoder alone, dB: the ceiling of every picture-level figure
+
+
+@dataclass
+class Evaluation:
+    settings: TransferSettings
     pairs: list[PairFigures]
     sheets: dict[tuple[str, str], list[list[Tensor]]]  # direction -> rows of (source, transfer[, true pair])
 
@@ -69,28 +84,31 @@ def load_styles(root: Path, styles: list[str], size: int, limit: int | None) -> 
     return loaded
 
 
-def evaluate(
-    pipeline: Pipeline,
-    train_root: Path,  # the folders that the style classifier learns from
-    test_root: Path,
-    how: TransferSettings,
-    pairs: bool,
-    limit: int | None = None,  # test pictures a style
-    quiet: bool | None = None,
-    directions: list[tuple[str, str]] | None = None,  # all ordered pairs if None
-) -> Evaluation:
-    """Transfer the test pictures of every style to every other and measure."""
+def make_ruler(pipeline: Pipeline, train_root: Path, test_root: Path, limit: int | None = None) -> Ruler:
+    """Read both roots (one folder a style), at most `limit` test pictures a style, and train the style classifier."""
     styles, size = pipeline.spec.styles, pipeline.spec.image_size
     test = load_styles(test_root, styles, size, limit)
     classifier = fit_classifier(pipeline, load_styles(train_root, styles, size, None))
     stacked = {style: torch.stack(list(test[style].values())) for style in styles}
     rebuilt = {style: _through_codec(pipeline, stacked[style]) for style in styles}
     hits = [(classifier.predict(rebuilt[style]) == number).float() for number, style in enumerate(styles)]
-    floor = torch.cat([psnr(stacked[style], rebuilt[style]) for style in styles])
-    result = Evaluation(torch.cat(hits).mean().item(), floor.mean().item(), [], {})
-    directions = directions or list(permutations(styles, 2))
+    floor = torch.cat([psnr(stacked[style], rebuilt[style]) for style in styles]).clamp_max(LOSSLESS)
+    return Ruler(test, classifier, torch.cat(hits).mean().item(), floor.mean().item())
+
+
+def evaluate(
+    pipeline: Pipeline,
+    ruler: Ruler,
+    how: TransferSettings,
+    pairs: bool,
+    quiet: bool | None = None,
+    directions: list[tuple[str, str]] | None = None,  # all ordered pairs if None
+) -> Evaluation:
+    """Transfer the test pictures of every style to every other and measure."""
+    result = Evaluation(how, [], {})
+    directions = directions or list(permutations(pipeline.spec.styles, 2))
     for source, target in tqdm(directions, desc="evaluating", unit="direction", disable=quiet):
-        figures, rows = evaluate_direction(pipeline, classifier, test, source, target, how, pairs)
+        figures, rows = evaluate_direction(pipeline, ruler, source, target, how, pairs)
         result.pairs.append(figures)
         result.sheets[source, target] = rows
     return result
@@ -104,28 +122,22 @@ def fit_classifier(pipeline: Pipeline, train: dict[str, dict[str, Tensor]]) -> S
 
 
 def evaluate_direction(
-    pipeline: Pipeline,
-    classifier: StyleClassifier,
-    test: dict[str, dict[str, Tensor]],
-    source: str,
-    target: str,
-    how: TransferSettings,
-    pairs: bool,
+    pipeline: Pipeline, ruler: Ruler, source: str, target: str, how: TransferSettings, pairs: bool
 ) -> tuple[PairFigures, list[list[Tensor]]]:
+    test, classifier = ruler.test, ruler.classifier
     names = [name for name in test[source] if not pairs or name in test[target]]
     if not names:
         raise UserError(f"--pairs: no file name of {source} is one of {target} as well")
     sources = torch.stack([test[source][name] for name in names])
     truth = torch.stack([test[target][name] for name in names]) if pairs else None
     a, b = (pipeline.spec.styles.index(style) for style in (source, target))
-    made, differing, largest, elements = [], 0, 0.0, 0
+    made, trips = [], Certificate()
     for part in sources.split(32):
         latents = pipeline.encode(part)
         transfer = pipeline.transfer(latents, a, b, how)
         made.append(pipeline.decode(transfer.latents, *part.shape[-2:]).clamp(-1, 1).cpu())
-        change = (pipeline.undo(transfer, a, b, how) - LatticeState.at_picture(latents).x).abs()
-        differing, elements = differing + int((change > 0).sum()), elements + change.numel()
-        largest = max(largest, change.max().item())
+        if transfer.end is not None:
+            trips.compare(LatticeState.at_picture(latents), pipeline.undo(transfer.end, a, b, how)[1])
     results = torch.cat(made)
     figures = PairFigures(
         source=source,
@@ -136,11 +148,11 @@ def evaluate_direction(
         ssim_to_source=_mean(ssim(results, sources)),
         ssim_to_pair=_mean(ssim(results, truth)) if pairs else None,
         source_ssim_to_pair=_mean(ssim(sources, truth)) if pairs else None,
-        psnr_to_pair=_mean(psnr(results, truth)) if pairs else None,
-        source_psnr_to_pair=_mean(psnr(sources, truth)) if pairs else None,
-        round_trip_differing=differing,
-        round_trip_elements=elements,
-        round_trip_max=largest,
+        psnr_to_pair=_mean(psnr(results, truth).clamp_max(LOSSLESS)) if pairs else None,
+        source_psnr_to_pair=_mean(psnr(sources, truth).clamp_max(LOSSLESS)) if pairs else None,
+        round_trip_differing=trips.differing if trips.elements else None,
+        round_trip_elements=trips.elements,
+        round_trip_max=trips.largest * LATTICE,
     )
     columns = [sources, results] + ([truth] if pairs else [])
     return figures, [list(row) for row in zip(*columns, strict=True)]
@@ -160,29 +172,49 @@ def _mean(values: Tensor) -> float:
 #################################################################################
 
 
-def figures_table(result: Evaluation) -> str:
-    """The figures as a Markdown table."""
+def figures_table(ruler: Ruler, results: list[Evaluation]) -> str:
+    """The figures as a Markdown table: a line a direction, or for several settings a line a setting."""
     lines = [
-        f"classifier accuracy on held-out pictures (ceiling of style success): {result.classifier_accuracy:.3f}",
-        f"autoencoder alone (ceiling of every picture-level figure): {result.reconstruction_psnr:.1f} dB",
+        f"classifier accuracy on held-out pictures (ceiling of style success): {ruler.classifier_accuracy:.3f}",
+        f"autoencoder alone (ceiling of every picture-level figure): {ruler.reconstruction_psnr:.1f} dB",
         "",
-        "| direction | pictures | style success (before) | SSIM to source | SSIM to pair (before) "
-        "| PSNR to pair (before) | round trip |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for p in result.pairs:
-        to_pair = ("-", "-")
-        if p.ssim_to_pair is not None:
-            to_pair = (
-                f"{p.ssim_to_pair:.3f} ({p.source_ssim_to_pair:.3f})",
-                f"{p.psnr_to_pair:.1f} dB ({p.source_psnr_to_pair:.1f} dB)",
-            )
-        lines.append(
-            f"| {p.source} -> {p.target} | {p.pictures} | {p.style_success:.3f} ({p.source_taken_for_target:.3f}) "
-            f"| {p.ssim_to_source:.3f} | {to_pair[0]} | {to_pair[1]} "
-            f"| {p.round_trip_differing} of {p.round_trip_elements} differ, max {p.round_trip_max:.2g} |"
-        )
+    if len(results) == 1:
+        head = "direction | pictures | style success (before) | SSIM to source | SSIM to pair (before) "
+        head += "| PSNR to pair (before) | round trip"
+        lines += [f"| {head} |", f"|{' --- |' * 7}"]
+        return "\n".join(lines + [f"| {_figures_row(figures)} |" for figures in results[0].pairs])
+    lines += ["Mean over the directions, and the lowest of them:", ""]
+    lines += ["| setting | style success | SSIM to source | round trip |", "| --- | --- | --- | --- |"]
+    for result in results:
+        columns = ([pair.style_success for pair in result.pairs], [pair.ssim_to_source for pair in result.pairs])
+        cells = [f"{sum(column) / len(column):.3f}, {min(column):.3f}" for column in columns]
+        differing = [pair.round_trip_differing for pair in result.pairs]
+        trip = "none" if None in differing else f"{sum(differing)} differ"
+        setting = _differences(result.settings, [each.settings for each in results])
+        lines.append(f"| {setting} | {' | '.join(cells)} | {trip} |")
     return "\n".join(lines)
+
+
+def _figures_row(p: PairFigures) -> str:
+    to_pair, trip = ("-", "-"), "none"
+    if p.ssim_to_pair is not None:
+        to_pair = (
+            f"{p.ssim_to_pair:.3f} ({p.source_ssim_to_pair:.3f})",
+            f"{p.psnr_to_pair:.1f} dB ({p.source_psnr_to_pair:.1f} dB)",
+        )
+    if p.round_trip_differing is not None:
+        trip = f"{p.round_trip_differing} of {p.round_trip_elements} differ, max {p.round_trip_max:.2g}"
+    success = f"{p.style_success:.3f} ({p.source_taken_for_target:.3f})"
+    return (
+        f"{p.source} -> {p.target} | {p.pictures} | {success} | {p.ssim_to_source:.3f} | {' | '.join(to_pair)} | {trip}"
+    )
+
+
+def _differences(how: TransferSettings, among: list[TransferSettings]) -> str:
+    """What tells one setting from the others."""
+    varied = [name for name in asdict(how) if len({getattr(each, name) for each in among}) > 1]
+    return ", ".join(f"{name} {getattr(how, name)}" for name in varied)
 
 
 def save_sheet(rows: list[list[Tensor]], titles: list[str], path: Path, count: int = 32, across: int = 4) -> None:
@@ -196,15 +228,20 @@ def save_sheet(rows: list[list[Tensor]], titles: list[str], path: Path, count: i
     images.save_picture(images.contact_sheet(pictures, titles * across, zoom), path)
 
 
-def write_report(result: Evaluation, how: TransferSettings, folder: Path) -> None:
-    """metrics.json, report.md and a contact sheet a direction."""
-    figures = {key: value for key, value in vars(result).items() if key not in ("sheets", "pairs")}
-    figures |= {"settings": asdict(how), "pairs": [asdict(pair) for pair in result.pairs]}
+def write_report(ruler: Ruler, results: list[Evaluation], folder: Path) -> None:
+    """metrics.json (a list, an entry a setting), report.md, and contact sheets where there is one setting."""
+    ceilings = {"classifier_accuracy": ruler.classifier_accuracy, "reconstruction_psnr": ruler.reconstruction_psnr}
+    measured = [
+        {"settings": asdict(result.settings), "pairs": [asdict(pair) for pair in result.pairs]} for result in results
+    ]
     with written_whole(folder / "metrics.json") as beside:
-        beside.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        beside.write_text(json.dumps(ceilings | {"results": measured}, indent=1), encoding="utf-8")
     with written_whole(folder / "report.md") as beside:
-        beside.write_text(f"{how}\n\n{figures_table(result)}\n", encoding="utf-8")
-    for (source, target), rows in result.sheets.items():
+        text = "\n".join(str(result.settings) for result in results)
+        beside.write_text(f"{text}\n\n{figures_table(ruler, results)}\n", encoding="utf-8")
+    if len(results) > 1:
+        return
+    for (source, target), rows in results[0].sheets.items():
         titles = [source, f"as {target}"] + (["true pair"] if len(rows[0]) == 3 else [])
         save_sheet(rows, titles, folder / f"{source}_to_{target}.png")
 
@@ -224,19 +261,57 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", action="store_true", help="files of one name are one picture in every style")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the report")
     parser.add_argument("--strength", type=float, default=1.0, help="0 keeps the picture, 1 is the full transfer")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=A,B",
+        help="measure every combination, e.g. cfg_scale=1,1.5,2",
+    )
     parser.add_argument("--limit", type=int, help="at most this many test pictures a style")
     add_device_flags(parser)
     return parser
 
 
+def swept_settings(args: argparse.Namespace, trained: dict) -> list[TransferSettings]:
+    """The settings to measure: one, or with --sweep every combination of its values."""
+    knobs = []
+    for text in args.sweep:
+        name, _, values = text.partition("=")
+        if not (name and values):
+            raise UserError(f"--sweep {text}: write it as KEY=VALUE,VALUE, e.g. cfg_scale=1,1.5,2")
+        knobs.append([(name, value) for value in re.split(r",(?![^\[]*\])", values)])  # not those inside [0, 1]
+    settings = []
+    for combination in product(*knobs):
+        chosen = {"strength": args.strength} | dict(combination)
+        try:
+            strength = float(chosen.pop("strength"))
+        except ValueError:
+            strength = math.nan
+        if not 0 <= strength <= 1:
+            raise UserError("strength: must be a number from 0 to 1")
+        overrides = [f"inference.{name}={value}" for name, value in chosen.items()]
+        config = config_from_dict(apply_overrides(trained, [*args.overrides, *overrides]), where="settings")
+        settings.append(transfer_settings(config.inference, strength))
+    return settings
+
+
 def main(args: argparse.Namespace) -> int:
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: must be 1 or more")
     pipeline, trained = load_pipeline(args.checkpoint, pick_device(args.device))
-    config = config_from_dict(apply_overrides(config_to_dict(trained), args.overrides))
-    how = transfer_settings(config.inference, args.strength)
-    train_root = args.train_data or Path(config.data.raw_data_root)
-    result = evaluate(pipeline, train_root, args.data, how, args.pairs, args.limit)
-    write_report(result, how, args.output)
-    print(figures_table(result))
+    settings = swept_settings(args, config_to_dict(trained))
+    if trained.training.compile:
+        pipeline.compile()
+    config = config_from_dict(apply_overrides(config_to_dict(trained), args.overrides), where="--set")
+    ruler = make_ruler(pipeline, args.train_data or Path(config.data.raw_data_root), args.data, args.limit)
+    results = [
+        evaluate(pipeline, ruler, how, args.pairs)
+        for how in tqdm(settings, desc="settings", disable=len(settings) == 1 or None)
+    ]
+    write_report(ruler, results, args.output)
+    print(figures_table(ruler, results))
     print(f"written to {args.output}")
     return 0
 

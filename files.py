@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and what is read back is data, never code."""
 
 import contextlib
+import itertools
 import os
 import pickle
 import re
@@ -13,6 +14,8 @@ import torch
 
 from cli import UserError
 
+_COUNT = itertools.count()
+
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
@@ -23,7 +26,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem[:64]}.tmp{os.getpid()}{path.suffix}")  # names may be 255 bytes long
+    writer = f"{os.getpid()}_{next(_COUNT)}"  # names that begin alike may be written at once
+    beside = path.with_name(f".{path.stem[:64]}.tmp{writer}{path.suffix}")  # names may be 255 bytes long
     try:
         yield beside
         with open(beside, "rb+") as file:

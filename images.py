@@ -13,6 +13,8 @@ from torch import Tensor
 from cli import UserError
 from files import written_whole
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # large, or of odd metadata: not the user's concern
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -23,11 +25,9 @@ class BadPicture(UserError):
 def open_picture(path: str | Path) -> Image.Image:
     """Any picture file as 8-bit RGB, turned upright by its EXIF tag, transparency laid on white."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large, or of odd metadata: not the user's concern
-            with Image.open(path) as picture:
-                picture.load()
-                return _to_rgb(ImageOps.exif_transpose(picture))
+        with Image.open(path) as picture:
+            picture.load()
+            return _to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
         raise BadPicture(f"{path}: no such picture") from None
     except Image.UnidentifiedImageError:
@@ -88,7 +88,10 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     if Path(path).suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: a picture is written as one of {' '.join(SUFFIXES)}")
     with written_whole(path) as beside:
-        picture.save(beside, quality=95)
+        try:
+            picture.save(beside, quality=95)
+        except ValueError as error:  # a side longer than the format knows
+            raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -114,4 +117,14 @@ def contact_sheet(
         for x, picture in enumerate(row):
             tile = picture.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (gap + x * (width + gap), head + gap + y * (height + gap)))
+    return sheet
+
+
+def strip(pictures: Sequence[Image.Image], titles: Sequence[str], across: int = 8) -> Image.Image:
+    """Equally large pictures, each under its own title, in rows of `across`."""
+    places = range(0, len(pictures), across)
+    rows = [contact_sheet([pictures[start : start + across]], titles[start : start + across]) for start in places]
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for number, row in enumerate(rows):
+        sheet.paste(row, (0, number * rows[0].height))
     return sheet

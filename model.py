@@ -113,6 +113,7 @@ class IsoNext(nn.Module):
 
     forward: x (B, latent_channels, h, w), t (B,) in [0, 1], style (B,) int64 -> v like x, in float32.
     Style `num_styles` is the null style, which stands for a dropped label. The output is zero at start.
+    In place of ids, `style` may be embeddings (B, style_dim) made with `embed`, such as those between two styles.
     """
 
     def __init__(
@@ -157,10 +158,15 @@ class IsoNext(nn.Module):
         nn.init.zeros_(self.head.weight)  # v = 0 at start: the loss begins at the data's own variance
         nn.init.zeros_(self.head.bias)
 
+    def embed(self, style: Tensor) -> Tensor:
+        """Style ids (B,) int64 -> their embeddings (B, style_dim)."""
+        return self.style(style)
+
     def condition(self, t: Tensor, style: Tensor) -> Tensor:
-        """t (B,), style (B,) int64 -> (B, time_dim), in float32 whatever autocast says."""
+        """t (B,), style ids or embeddings -> (B, time_dim), in float32 whatever autocast says."""
         with torch.autocast(t.device.type, enabled=False):
-            return F.silu(self.join(torch.cat([self.time(t), self.style(style)], dim=1)))
+            embedding = style if style.is_floating_point() else self.embed(style)
+            return F.silu(self.join(torch.cat([self.time(t), embedding], dim=1)))
 
     def forward(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
         cond = self.condition(t, style)

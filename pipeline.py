@@ -1,22 +1,29 @@
-"""A trained flow made ready for pictures: autoencoder, statistics and network behind three calls.
+"""A trained flow made ready for pictures: autoencoder, statistics and network behind a few calls.
 
 encode: pixels -> standardised latents;   transfer: latents -> latents;   decode: latents -> pixels
 """
 
-from dataclasses import dataclass
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import solvers
-from autoencoder import load_autoencoder
+import transfers
+from autoencoder import DctCodec, load_autoencoder, tiled
 from checkpoint import load_checkpoint, load_model
-from cli import UserError, autocast
+from cli import UserError, allow_tf32, autocast
 from config import Config, InferenceConfig
 from images import pad_to_multiple
 from latents import LatentSpec
-from solvers import Transfer, TransferSettings
+from solvers import LatticeState
+from transfers import Inverted, State, Transfer, TransferSettings
+
+Style = int | Tensor  # an id for all pictures, ids (B,), or one embedding (1, style_dim) for all
 
 
 @dataclass
@@ -26,30 +33,128 @@ class Pipeline:
     spec: LatentSpec
     device: torch.device
     bf16: bool  # the network under BF16 autocast; as trained, unless changed
+    path: Path | None = None  # of the checkpoint
+    compiled: bool = False
+    tile: int | None = None  # pixels: larger pictures go through the autoencoder in tiles of this side
+
+    @property
+    def null_style(self) -> int:
+        return self.model.null_style
+
+    def embed(self, style: Tensor) -> Tensor:
+        return self.model.embed(style)
+
+    def __call__(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
+        """The network as `flow.Field` wants it. One memory layout always: another would choose other kernels, and
+        those other bits. Where torch.compile turns out not to work: a warning, and on without it."""
+        inputs = x.contiguous(memory_format=torch.channels_last), t, style
+        with autocast(self.device, self.bf16):
+            try:
+                return self.model(*inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # no compiler, an unsupported platform: many types, one answer
+                if not self.compiled:
+                    raise
+                self.compiled, self.model._compiled_call_impl = False, None
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
+                return self.model(*inputs)
+
+    @contextlib.contextmanager
+    def _fit_for(self, how: TransferSettings) -> Iterator[None]:
+        """Within, true float32 where a fixed point is solved for: BF16 and TF32 are too coarse to converge."""
+        before = self.bf16, torch.backends.cuda.matmul.allow_tf32
+        if how.inversion == "fixed_point":
+            self.bf16 = False
+            allow_tf32(False)
+        try:
+            yield
+        finally:
+            self.bf16 = before[0]
+            allow_tf32(before[1])
+
+    def compile(self) -> None:
+        """torch.compile at the next call: one graph for all steps of a leg, once for each size of batch and latent."""
+        self.model.compile(dynamic=False)
+        self.compiled = True
+
+    #############################################################################
+    #                            Pixels <-> latents                             #
+    #############################################################################
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1], any size -> standardised latents, padded to whole latent cells."""
         padded = pad_to_multiple(pixels.to(self.device), self.codec.factor)
-        return self.spec.standardise(self.codec.encode(padded))
+        return self.spec.standardise(self._in_tiles(self.codec.encode, padded, 1, Fraction(1, self.codec.factor)))
 
     def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Standardised latents -> (B, 3, height, width), the padding cut off, not clipped."""
-        return self.codec.decode(self.spec.restore(latents))[..., :height, :width]
+        factor = self.codec.factor
+        pixels = self._in_tiles(self.codec.decode, self.spec.restore(latents), factor, Fraction(factor))
+        return pixels[..., :height, :width]
 
-    def transfer(self, latents: Tensor, source: int | Tensor, target: int | Tensor, how: TransferSettings) -> Transfer:
-        """Standardised latents -> standardised latents; the styles are one for all or one a picture."""
-        styles = self._ids(len(latents), source, target)
-        with autocast(self.device, self.bf16):
-            return solvers.transfer(self.model, latents.to(self.device), *styles, how)
+    def _in_tiles(self, work: Callable[[Tensor], Tensor], x: Tensor, pixels_a_cell: int, ratio: Fraction) -> Tensor:
+        """`work` on x as a whole, or in tiles of `self.tile` pixels that overlap by three eighths.
 
-    def undo(self, made: Transfer, source: int | Tensor, target: int | Tensor, how: TransferSettings) -> Tensor:
-        """The latents that a transfer started from, by running it backwards."""
-        styles = self._ids(len(made.latents), source, target)
-        with autocast(self.device, self.bf16):
-            return solvers.undo(self.model, made, *styles, how)
+        At 1024 pixels a tile's edge is then 144 pixels from where its part begins to count: all that the small VAE
+        `taesd` sees, so that it cannot tell.
+        """
+        if self.tile is None or isinstance(self.codec, DctCodec) or max(x.shape[-2:]) * pixels_a_cell <= self.tile:
+            return work(x)
+        factor = self.codec.factor
+        cells = max(4, self.tile // factor), max(1, self.tile // factor * 3 // 8)  # latent cells, whole ones
+        tile, overlap = (count * factor // pixels_a_cell for count in cells)
+        return tiled(work, x, tile, overlap, ratio)
 
-    def _ids(self, count: int, *styles: int | Tensor) -> list[Tensor]:
-        return [torch.as_tensor(style, device=self.device).expand(count) for style in styles]
+    #############################################################################
+    #                            Latents -> latents                             #
+    #############################################################################
+
+    def transfer(self, latents: Tensor, source: Style, target: Style, how: TransferSettings) -> Transfer:
+        """Standardised latents -> standardised latents."""
+        with self._fit_for(how):
+            return transfers.transfer(self, latents.to(self.device), *self._styles(len(latents), source, target), how)
+
+    def invert(self, latents: Tensor, source: Style, how: TransferSettings) -> Inverted:
+        with self._fit_for(how):
+            return transfers.invert(self, latents.to(self.device), *self._styles(len(latents), source), how)
+
+    def generate(self, inverted: Inverted, source: Style, target: Style, how: TransferSettings) -> Transfer:
+        with self._fit_for(how):
+            return transfers.generate(self, inverted, *self._styles(_count(inverted.state), source, target), how)
+
+    def undo(self, end: State, source: Style, target: Style, how: TransferSettings) -> tuple[State, State]:
+        """The structure and the picture that a transfer started from, by running it backwards."""
+        with self._fit_for(how):
+            return transfers.undo(self, end, *self._styles(_count(end), source, target), how)[:2]
+
+    def keep_structure(
+        self,
+        latents: Tensor,  # (1, C, h, w)
+        source: Style,
+        target: Style,
+        how: TransferSettings,
+        score: Callable[[Tensor], float],
+        floor: float,
+    ) -> tuple[Transfer, TransferSettings, list[tuple[float, float]]]:
+        """The strongest transfer whose score is `floor` or more: see `transfers.keep_structure`."""
+        with self._fit_for(how):
+            styles = self._styles(1, source, target)
+            return transfers.keep_structure(self, latents.to(self.device), *styles, how, score, floor)
+
+    def between(self, a: int, b: int, share: float) -> Tensor:
+        """The embedding (1, style_dim) at `share` of the way from style a to style b, both ends hit exactly."""
+        ends = self.embed(torch.tensor([a, b], device=self.device))
+        return torch.lerp(ends[:1], ends[1:], share)
+
+    def _styles(self, count: int, *styles: Style) -> list[Tensor]:
+        tensors = (torch.as_tensor(style, device=self.device) for style in styles)
+        return [style.expand(count, *style.shape[1:]) for style in tensors]
+
+
+def _count(state: State) -> int:
+    return len(state.position if isinstance(state, LatticeState) else state)
 
 
 def load_pipeline(path: str | Path, device: torch.device) -> tuple[Pipeline, Config]:
@@ -61,19 +166,14 @@ def load_pipeline(path: str | Path, device: torch.device) -> tuple[Pipeline, Con
         raise UserError(
             f"{path}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
         )
-    model = load_model(checkpoint, path, device)
-    if checkpoint.config.training.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return Pipeline(model, codec, spec, device, checkpoint.config.training.use_amp), checkpoint.config
+    model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)
+    return Pipeline(model, codec, spec, device, checkpoint.config.training.use_amp, Path(path)), checkpoint.config
 
 
-def transfer_settings(config: InferenceConfig, strength: float = 1.0) -> TransferSettings:
-    return TransferSettings(
-        method=config.method,
-        num_steps=config.num_steps,
-        strength=strength,
-        cfg_scale=config.cfg_scale,
-        guidance=config.guidance,
-        cfg_interval=config.cfg_interval,
-        latent_clamp=config.latent_clamp,
-    )
+def transfer_settings(config: InferenceConfig, strength: float = 1.0, seed: int = 0) -> TransferSettings:
+    if config.inversion == "fixed_point" and config.method in ("alf", "flowedit"):
+        why = "is exactly reversible already" if config.method == "alf" else "has no inversion"
+        raise UserError(
+            f"inversion fixed_point is for the methods euler, midpoint, heun and rk4; {config.method} {why}"
+        )
+    return TransferSettings(strength=strength, seed=seed, **asdict(config))

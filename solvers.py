@@ -1,9 +1,10 @@
-"""ODE solvers: explicit one-step methods, and the reversible lattice leapfrog.
+"""ODE solvers: explicit one-step methods, their inversion by fixed point, and the reversible lattice leapfrog.
 
 A *grid* is a list of N + 1 times. Generation runs it from 0 to 1, inversion runs the same field on the same grid
 backwards: never with a negated v as well. A *field* is a function (x, t) -> v with t a number.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,18 +12,29 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flow import Field, Model
-
 VelocityField = Callable[[Tensor, float], Tensor]
 
 LATTICE = 2.0**-20  # the spacing of the integer lattice: 1e-6 of a standard deviation of the latents
+LARGEST = 2**52  # lattice points; sums of what lies below stay far from overflow
 
 
-def time_grid(num_steps: int, start: float = 0.0, end: float = 1.0) -> list[float]:
-    """N + 1 uniform times from `start` to `end`, both hit exactly."""
+def time_grid(
+    num_steps: int, start: float = 0.0, end: float = 1.0, kind: str = "uniform", shift: float = 1.0
+) -> list[float]:
+    """N + 1 times from `start` to `end`, both hit exactly; `uniform`, or `cosine`: finer towards both ends.
+
+    `shift` s moves a time u of [0, 1] to s u / (1 + (s - 1) u) (Esser et al., arXiv:2403.03206, eq. 23): above 1 the
+    steps are finer towards `end`, below 1 towards `start`.
+    """
     if num_steps < 1:
         raise ValueError(f"a leg needs at least 1 step, not {num_steps}")
-    return [start + (end - start) * (i / num_steps) for i in range(num_steps)] + [end]
+    if kind not in ("uniform", "cosine"):
+        raise ValueError(f"time grid {kind!r} is not one of uniform, cosine")
+    unit = [i / num_steps for i in range(num_steps)]
+    if kind == "cosine":
+        unit = [(1 - math.cos(math.pi * u)) / 2 for u in unit]
+    unit = [shift * u / (1 + (shift - 1) * u) for u in unit]
+    return [start + (end - start) * u for u in unit] + [end]
 
 
 #################################################################################
@@ -54,18 +66,80 @@ def rk4_step(field: VelocityField, x: Tensor, a: float, b: float) -> Tensor:
 
 
 ONE_STEP_METHODS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step, "rk4": rk4_step}
-METHODS = ("alf", *ONE_STEP_METHODS)
 
 
 def integrate(
-    field: VelocityField, x: Tensor, grid: Sequence[float], method: str, clamp: float | None = None
+    field: VelocityField,
+    x: Tensor,
+    grid: Sequence[float],
+    method: str,
+    clamp: float | None = None,  # bounds the state after every step, in units of x
+    trail: list[Tensor] | None = None,  # is given the state after every step
 ) -> Tensor:
-    """x at grid[0] -> x at grid[-1]; `clamp` bounds the state after every step, in units of x."""
-    step = ONE_STEP_METHODS[method]
+    """x at grid[0] -> x at grid[-1]."""
+    step, peaks = ONE_STEP_METHODS[method], [x.abs().amax()]  # looked at in the end: a clamp would hide an infinity
     for a, b in pairwise(grid):
         x = step(field, x, a, b)
+        peaks.append(x.abs().amax())
         x = x if clamp is None else x.clamp(-clamp, clamp)
+        if trail is not None:
+            trail.append(x)
+    check_finite(torch.stack(peaks).amax())
     return x
+
+
+def integrate_back(
+    field: VelocityField,
+    y: Tensor,  # (B, ...) float32
+    grid: Sequence[float],  # falling: from where y is to where x is sought
+    method: str,
+    tolerance: float,
+    trail: list[tuple[Tensor, Tensor]] | None = None,  # is given the state and the residual so far after every step
+) -> tuple[Tensor, Tensor]:
+    """The x whose steps on the rising grid lead to y, and how far each sample misses (B,): its largest residual.
+
+    Each step solves x = y - Psi_h(x), where x + Psi_h(x) is the explicit step, by Anderson's acceleration of the
+    fixed-point iteration. A residual above `tolerance` says that a sample did not converge, or has no inverse.
+    """
+    step = ONE_STEP_METHODS[method]
+    worst = torch.zeros(len(y), device=y.device)
+    for b, a in pairwise(grid):
+        y, residual = _invert_step(lambda x, a=a, b=b: step(field, x, a, b), step(field, y, b, a), y, tolerance)
+        worst = torch.maximum(worst, residual)
+        if trail is not None:
+            trail.append((y, worst))
+    return y, worst
+
+
+def _invert_step(
+    forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, tolerance: float, limit: int = 40, memory: int = 5
+) -> tuple[Tensor, Tensor]:
+    """x (B, ...) such that forward(x) = y, from a first guess; the best that was met, and its residual (B,)."""
+    best, residual = x, torch.full((len(x),), math.inf, device=x.device)
+    points, misses = [], []  # the last few iterates and what each lacks, (B, n)
+    for _ in range(limit):
+        miss = y - forward(x)
+        size = miss.abs().flatten(1).amax(1)
+        better = (size < residual) & (residual > tolerance)  # a sample that has converged waits for the others
+        best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x, best)
+        residual = torch.where(better, size, residual)
+        if (residual <= tolerance).all():
+            break
+        points, misses = [*points[1 - memory :], x.flatten(1)], [*misses[1 - memory :], miss.flatten(1)]
+        x = _anderson(points, misses).view_as(x)
+    return best, residual
+
+
+def _anderson(points: list[Tensor], misses: list[Tensor]) -> Tensor:
+    """The next iterate (B, n): Walker & Ni, SIAM J. Numer. Anal. 49(4), 2011, algorithm AA, each sample by itself."""
+    x, f = points[-1], misses[-1]
+    if len(points) == 1:
+        return x + f
+    dx, df = (torch.stack(values, 2).diff(dim=2) for values in (points, misses))  # (B, n, m)
+    gram = (df.mT.double() @ df.double()) + 1e-30
+    ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(gram.shape[-1]).to(gram)
+    weights, _ = torch.linalg.solve_ex(gram + ridge, df.mT.double() @ f[..., None].double())
+    return x + f - ((dx + df) @ weights.float()).squeeze(2)
 
 
 #################################################################################
@@ -97,17 +171,30 @@ class LatticeState:
 
 def to_lattice(x: Tensor) -> Tensor:
     """Float tensor -> the nearest lattice points, int64; FloatingPointError for what is not a number, or is absurd."""
-    points = torch.round(x.float() / LATTICE)
-    if not (points.abs() < 2**52).all():  # false for NaN too; sums of these stay far from overflow
-        raise FloatingPointError("the network's output is not finite: the checkpoint diverged or the input is broken")
-    return points.to(torch.int64)
+    check_finite(x.abs().amax())
+    return _nearest(x)
 
 
 def from_lattice(points: Tensor) -> Tensor:
     return points.to(torch.float32) * LATTICE
 
 
-def leapfrog_leg(field: VelocityField, state: LatticeState, grid: Sequence[float]) -> LatticeState:
+def _nearest(x: Tensor) -> Tensor:
+    return torch.round(x.float() / LATTICE).to(torch.int64)
+
+
+def check_finite(peak: Tensor) -> None:
+    """FloatingPointError where the largest magnitude (a scalar) is not a number, or beyond the lattice."""
+    if not peak < LARGEST * LATTICE:  # false for NaN, too
+        raise FloatingPointError("the network's output is not finite: the checkpoint diverged or the input is broken")
+
+
+def leapfrog_leg(
+    field: VelocityField,
+    state: LatticeState,
+    grid: Sequence[float],
+    trail: list[tuple[Tensor, Tensor]] | None = None,  # is given x and w, on the lattice, after every step
+) -> LatticeState:
     """Asynchronous leapfrog (Zhuang et al., "MALI", arXiv:2102.04668, eq. 3) on integers; N + 2 evaluations.
 
         m = x + half * w;    w' = 2 v(m, (a + b) / 2) - w;    x' = m + half * w',    half = (b - a) / 2
@@ -115,76 +202,27 @@ def leapfrog_leg(field: VelocityField, state: LatticeState, grid: Sequence[float
     Undone exactly by the same leg on the reversed grid: (b + a) / 2 is the same number both ways, the drift by
     -half is the exact opposite (rounding is symmetric), so the network meets the same m, bit for bit.
     """
+    peaks = []  # looked at when the leg is over, so that no step waits for the device
+
+    def velocity(points: Tensor, t: float) -> Tensor:
+        v = field(from_lattice(points), t)
+        peaks.append(v.abs().amax())
+        return _nearest(v)
+
     x = state.position
-    w = to_lattice(field(from_lattice(x), grid[0])) + state.defect
+    w = velocity(x, grid[0]) + state.defect
     for a, b in pairwise(grid):
         half = (b - a) / 2
         m = x + _drift(w, half)
-        w = 2 * to_lattice(field(from_lattice(m), (a + b) / 2)) - w
+        w = 2 * velocity(m, (a + b) / 2) - w
         x = m + _drift(w, half)
-    return LatticeState(x, w - to_lattice(field(from_lattice(x), grid[-1])))
+        if trail is not None:
+            trail.append((x, w))
+    end = LatticeState(x, w - velocity(x, grid[-1]))
+    check_finite(torch.stack(peaks).amax())
+    return end
 
 
 def _drift(w: Tensor, half: float) -> Tensor:
     """half * w rounded to the lattice; odd in `half`, which is all that exactness asks of it."""
     return torch.round(half * w.to(torch.float32)).to(torch.int64)
-
-
-#################################################################################
-#                   The transfer: an inversion and a generation leg             #
-#################################################################################
-
-
-@dataclass(frozen=True)
-class TransferSettings:
-    method: str = "alf"
-    num_steps: int = 20  # a leg
-    strength: float = 1.0  # the inversion stops at t = 1 - strength; smaller keeps more of the picture
-    cfg_scale: float = 1.0  # of the generation leg; the inversion is never guided
-    guidance: str = "source"  # the reference: "source" or "null"
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    latent_clamp: float | None = None  # bound of the final latent; of every state for the explicit methods
-
-
-@dataclass
-class Transfer:
-    latents: Tensor  # (B, C, h, w), in the target style, float32
-    structure: Tensor  # the same at t = 1 - strength
-    nfe: int  # network evaluations a picture, both legs
-    end: LatticeState | None  # of the generation leg, which `undo` starts from; alf only
-
-
-@torch.inference_mode()
-def transfer(model: Model, x1: Tensor, source: Tensor, target: Tensor, settings: TransferSettings) -> Transfer:
-    """x1 (B, C, h, w) standardised latents of style `source` (B,) -> the same pictures in style `target` (B,).
-
-    `model` has an attribute `null_style`, the id that stands for a dropped label.
-    """
-    inversion, generation, grid = _legs(model, source, target, settings)
-    clamp = settings.latent_clamp
-    if settings.method == "alf":
-        start = leapfrog_leg(inversion, LatticeState.at_picture(x1), grid[::-1])
-        end = leapfrog_leg(generation, start, grid)
-        structure, latents = start.x, end.x if clamp is None else end.x.clamp(-clamp, clamp)
-    else:
-        end = None
-        structure = integrate(inversion, x1, grid[::-1], settings.method, clamp)
-        latents = integrate(generation, structure, grid, settings.method, clamp)
-    return Transfer(latents, structure, inversion.nfe + generation.nfe, end)
-
-
-@torch.inference_mode()
-def undo(model: Model, made: Transfer, source: Tensor, target: Tensor, settings: TransferSettings) -> Tensor:
-    """The way back of a transfer, target to structure to source: with alf the very x1, on the lattice."""
-    inversion, generation, grid = _legs(model, source, target, settings)
-    if made.end is not None:
-        return leapfrog_leg(inversion, leapfrog_leg(generation, made.end, grid[::-1]), grid).x
-    structure = integrate(generation, made.latents, grid[::-1], settings.method)
-    return integrate(inversion, structure, grid, settings.method)
-
-
-def _legs(model: Model, source: Tensor, target: Tensor, settings: TransferSettings) -> tuple[Field, Field, list[float]]:
-    """The fields of the inversion and of the generation leg, and the grid, rising."""
-    reference = source if settings.guidance == "source" else torch.full_like(source, model.null_style)
-    generation = Field(model, target, settings.cfg_scale, reference, settings.cfg_interval)
-    return Field(model, source), generation, time_grid(settings.num_steps, 1 - settings.strength, 1.0)

@@ -10,7 +10,6 @@ operations over its time, against the best BF16 matrix-multiply rate found in th
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import add_device_flags, allow_tf32, autocast, new_parser, pick_device, run
+from cli import add_device_flags, allow_tf32, autocast, device_name, new_parser, pick_device, run
 from flow import flow_loss
 from model import IsoNext, count_parameters
 
@@ -108,7 +107,7 @@ def matmul_rate(device: torch.device) -> float:
 
 def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    name = device_name(device)
     steps = {variant.name: make_step(args, variant, device) for variant in VARIANTS}
     plain, default = VARIANTS[0].name, VARIANTS[-1].name
     flops, rates = step_flops(args), [matmul_rate(device)]
@@ -142,10 +141,6 @@ def main(args: argparse.Namespace) -> int:
         print(f"peak memory of all variants together: {result['peak_memory_gb']} GB reserved")
     print(json.dumps(result))
     return 0
-
-
-def cpu_name() -> str:
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,18 +1,22 @@
 """The codecs: the block DCT against scipy, and the diffusers VAEs against diffusers itself."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.fft
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoencoder import load_autoencoder
+from autoencoder import load_autoencoder, tiled
 from cli import UserError
+from latents import LatentSpec
 from metrics import psnr
+from pipeline import Pipeline
 
 CPU = torch.device("cpu")
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"
@@ -287,3 +291,168 @@ def test_a_pretrained_tiny_autoencoder_rebuilds_a_smooth_picture(name, channels)
     assert (codec.channels, codec.factor) == (channels, 8)
     assert latents.shape == (1, channels, 12, 12)
     assert psnr(codec.decode(latents), picture).item() > 20
+
+
+#################################################################################
+#                                Pictures in tiles                              #
+#################################################################################
+
+
+def rounding(tile, overlap):
+    """What float32 may lose: n tiles lie on a cell, and a weighted mean of n numbers up to 1 has 2 n sums and more."""
+    tiles = (-(-tile // (tile - overlap)) + 1) ** 2
+    return (tiles + 3) * 2.0**-23
+
+
+@st.composite
+def cuttings(draw):
+    """(height, width, tile, overlap) in cells: more than two tiles, exactly one, or less."""
+    tile = draw(st.integers(1, 12))
+    return draw(st.integers(1, 40)), draw(st.integers(1, 40)), tile, draw(st.integers(0, tile - 1))
+
+
+@settings(deadline=None, max_examples=150)
+@given(cutting=cuttings(), seed=st.integers(0, 1000))
+def test_tiles_of_which_nothing_is_made_are_the_picture_again(cutting, seed):
+    height, width, tile, overlap = cutting
+    x = noise(2, 3, height, width, seed=seed)
+    same = tiled(lambda part: part, x, tile, overlap, Fraction(1))
+    torch.testing.assert_close(same, x, rtol=0, atol=rounding(tile, overlap))
+
+
+@settings(deadline=None, max_examples=60)
+@given(cutting=cuttings(), factor=st.sampled_from([2, 3, 8]))
+def test_average_pooling_and_its_repetition_do_not_notice_the_tiles(cutting, factor):
+    """What makes each cell from itself alone: an autoencoder without a view around, in both directions."""
+    height, width, tile, overlap = cutting
+
+    def shrink(x):
+        return F.avg_pool2d(x, factor)
+
+    def enlarge(x):
+        return F.interpolate(x, scale_factor=factor)
+
+    pixels = noise(1, 2, height * factor, width * factor)
+    small = tiled(shrink, pixels, tile * factor, overlap * factor, Fraction(1, factor))
+    torch.testing.assert_close(small, shrink(pixels), rtol=0, atol=rounding(tile, overlap))
+    cells = noise(1, 2, height, width)
+    large = tiled(enlarge, cells, tile, overlap, Fraction(factor))
+    torch.testing.assert_close(large, enlarge(cells), rtol=0, atol=rounding(tile, overlap))
+
+
+@settings(deadline=None, max_examples=60)
+@given(cutting=cuttings())
+def test_no_tile_is_larger_than_asked_and_together_they_see_every_cell(cutting):
+    height, width, tile, overlap = cutting
+    x, seen = torch.arange(float(height * width)).view(1, 1, height, width), []
+
+    def look(part):
+        seen.append(part)
+        return part
+
+    tiled(look, x, tile, overlap, Fraction(1))
+    assert {part.shape[-2:] for part in seen} == {(min(height, tile), min(width, tile))}
+    assert set(torch.cat([part.flatten() for part in seen]).int().tolist()) == set(range(height * width))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 8), (1, 3)])
+def test_a_picture_no_larger_than_a_tile_is_worked_on_once_and_whole(size):
+    x, kernel, seen = noise(1, 3, *size), noise(3, 3, 3, 3), []
+
+    def blur(part):
+        seen.append(part)
+        return F.conv2d(part, kernel, padding=1)
+
+    assert torch.equal(tiled(blur, x, 8, 4, Fraction(1)), F.conv2d(x, kernel, padding=1))
+    assert len(seen) == 1 and torch.equal(seen[0], x)
+
+
+def seen_from(radius):
+    """A mean over all cells up to `radius` away, which takes zeros for what lies outside of its tile."""
+    kernel = noise(1, 1, 2 * radius + 1, 2 * radius + 1, seed=1) / (2 * radius + 1)
+    return lambda part: F.conv2d(part, kernel, padding=radius)
+
+
+@pytest.mark.parametrize("radius", [1, 3])
+def test_what_does_not_look_beyond_three_eighths_of_the_overlap_does_not_notice_the_tiles(radius):
+    x, blur = noise(1, 1, 44, 30), seen_from(radius)
+    torch.testing.assert_close(tiled(blur, x, 16, 8, Fraction(1)), blur(x), rtol=0, atol=1e-5)
+    assert (tiled(blur, x, 16, 0, Fraction(1)) - blur(x)).abs().max() > 0.1, "without an overlap it would"
+
+
+def test_what_looks_one_cell_further_is_off_only_at_the_seams_and_by_far_less_than_without_blending():
+    height, width, blur = 44, 30, seen_from(4)
+    x = noise(1, 1, height, width)
+    blended, cut = (tiled(blur, x, 16, overlap, Fraction(1)) - blur(x) for overlap in (8, 0))
+    # By hand: tiles start at 0, 8, 16, 24 and 28 of 44 rows, and at 0, 8 and 14 of 30 columns. Their three outermost
+    # rows and columns count nothing; the fourth does, and what it is made from includes what is not there.
+    rows = {11, 19, 27, 31, 12, 20, 28, 36}
+    columns = {11, 17, 12, 20}
+    at_seam = torch.tensor([[y in rows or x in columns for x in range(width)] for y in range(height)])
+    assert (blended[0, 0][~at_seam].abs() < 1e-5).all()
+    assert (blended[0, 0][at_seam].abs() > 1e-5).float().mean() > 0.9
+    assert blended.abs().max() < 0.5 * cut.abs().max()
+    assert 0 < blended.square().mean() < 0.05 * cut.square().mean()
+
+
+def test_one_tile_goes_over_into_the_next_in_the_middle_of_their_overlap():
+    makers = iter([torch.zeros, torch.ones])  # the first tile becomes 0, the second 1
+    line = tiled(lambda part: next(makers)(part.shape), torch.zeros(1, 1, 4, 24), 16, 8, Fraction(1))[0, 0]
+    expected = torch.tensor([0.0] * 8 + [0, 0, 0, 0.25, 0.75, 1, 1, 1] + [1.0] * 8)
+    torch.testing.assert_close(line, expected.expand(4, 24))
+
+
+def vae_pipeline(name, tile):
+    """A pipeline around one of the pretrained autoencoders, its latents left as they are."""
+    if not (WEIGHTS / name).is_dir():
+        pytest.skip(f"../shared/weights/{name} is not there")
+    codec = load_autoencoder(str(WEIGHTS / name), CPU)
+    spec = LatentSpec(name, codec.channels, codec.factor, 256, ["a"], [0.0] * codec.channels, [1.0] * codec.channels)
+    return Pipeline(torch.nn.Identity(), codec, spec, CPU, bf16=False, tile=tile)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("taesd", 4), ("taesd3", 16)])
+@pytest.mark.parametrize("size", [(256, 256), (97, 250)])
+def test_a_pretrained_autoencoder_makes_the_same_picture_in_tiles(name, channels, size):
+    pipeline = vae_pipeline(name, tile=128)
+    sides, codec = [], pipeline.codec
+    for part in ("encode", "decode"):
+        plain = getattr(codec, part)
+
+        def watched(x, plain=plain, cell=1 if part == "encode" else 8):
+            sides.append(max(x.shape[-2:]) * cell)
+            return plain(x)
+
+        setattr(codec, part, watched)
+    picture = smooth(256)[..., : size[0], : size[1]]
+    latents = pipeline.encode(picture)
+    rebuilt = pipeline.decode(latents, *size)
+    assert max(sides) <= 128 and len(sides) > 2
+    sides.clear()
+    pipeline.tile = None
+    expected = pipeline.encode(picture)
+    whole = pipeline.decode(expected, *size)
+    assert len(sides) == 2 and max(sides) > 128
+    assert latents.shape == expected.shape == (1, channels, -(-size[0] // 8), -(-size[1] // 8))
+    assert rebuilt.shape == picture.shape
+    rebuilt, whole = rebuilt.clamp(-1, 1), whole.clamp(-1, 1)
+    cost, own = psnr(rebuilt, whole).item(), psnr(whole, picture).item()
+    assert cost > 38 and cost > own + 5  # dB: far less than the autoencoder itself costs
+    assert not torch.equal(rebuilt, whole)
+
+
+def test_tiles_larger_than_the_picture_and_no_tiles_give_the_same_bits():
+    picture, made = smooth(96), {}
+    for tile in (None, 96, 1024):
+        pipeline = vae_pipeline("taesd", tile)
+        latents = pipeline.encode(picture)
+        made[tile] = (latents, pipeline.decode(latents, 96, 96))
+    for other in (96, 1024):
+        assert all(torch.equal(a, b) for a, b in zip(made[None], made[other], strict=True))
+
+
+def test_the_block_codec_is_never_tiled_since_its_blocks_know_nothing_of_each_other():
+    codec = load_autoencoder("dct", CPU)
+    spec = LatentSpec("dct", 12, 4, 64, ["a"], [0.0] * 12, [1.0] * 12)
+    pipeline, picture = Pipeline(torch.nn.Identity(), codec, spec, CPU, bf16=False, tile=64), noise(1, 3, 128, 100)
+    assert torch.equal(pipeline.encode(picture), codec.encode(picture))

@@ -13,94 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CHECKPOINT, ROOT, call, refused
 from PIL import Image
 
-import cli
 import evaluate
 import inference
 import preprocess_latents
 import train
-from solvers import METHODS
+from transfers import METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {module.__name__: module for module in (preprocess_latents, train, inference, evaluate)}
-TINY = {
-    "model": {"hidden_dim": 16, "num_layers": 2, "num_groups": 4, "style_dim": 16, "time_dim": 16},
-    "training": {
-        "batch_size": 8,
-        "learning_rate": 2e-3,
-        "stage1_epochs": 4,
-        "warmup_steps": 2,
-        "num_workers": 2,
-        "compile": False,
-        "save_every_epochs": 2,
-        "val_every_epochs": 2,
-        "log_every_steps": 1,
-    },
-    "data": {"image_size": 32, "val_fraction": 0.2},
-    "autoencoder": {"name": "dct:f4c12"},
-}
-
-
-def draw_styles(root: Path, count: int) -> None:
-    """Style `warm` is reddish blobs, style `cold` bluish stripes."""
-    generator = np.random.default_rng(0)
-    for style, colour in (("cold", (40, 80, 220)), ("warm", (220, 80, 40))):
-        (root / style).mkdir(parents=True)
-        for number in range(count):
-            grain = generator.integers(0, 60, (32, 32, 3))
-            picture = np.clip(np.array(colour) * generator.uniform(0.5, 1) + grain, 0, 255).astype(np.uint8)
-            Image.fromarray(picture).save(root / style / f"{number:03}.png")
-
-
-def call(folder: Path, *arguments: str, **extra) -> subprocess.CompletedProcess:
-    """Run `python ARGUMENTS` in `folder` as a user would."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    arguments = (str(ROOT / arguments[0]), *arguments[1:])
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, **extra
-    )
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory) -> Path:
-    """A folder in which a user has preprocessed and trained, by the commands."""
-    folder = tmp_path_factory.mktemp("studio")
-    draw_styles(folder / "raw_data", 16)
-    (folder / "config.json").write_text("// a tiny setting\n" + json.dumps(TINY))
-    for command in ("preprocess_latents.py", "train.py"):
-        done = call(folder, command)
-        assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture
-def within(studio, monkeypatch, capsys):
-    """Run a command inside the studio without a new process: returns (status, stdout, stderr)."""
-    monkeypatch.chdir(studio)
-
-    def run(name: str, *arguments: str) -> tuple[int, str, str]:
-        module = COMMANDS[name]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.run(module.main, module.build_parser())
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
-
-
-CHECKPOINT = "checkpoints/stage1_epoch4.pt"
 TRANSFER = ("--checkpoint", CHECKPOINT, "--source_style", "0", "--target_style", "1", "--num_steps", "2")
-
-
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    """Status 2 and one line on stderr that has all the words."""
-    status, _, err = result
-    assert status == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    for word in words:
-        assert word in err, err
 
 
 #################################################################################
@@ -210,7 +133,7 @@ def test_every_method_transfers(studio, within, method):
     status, out, _ = within(
         "inference", *TRANSFER, "--input", "raw_data/cold/003.png", "--output", "m.png", "--method", method
     )
-    per_leg = {"euler": 2, "midpoint": 4, "heun": 4, "rk4": 8, "alf": 4}[method]
+    per_leg = {"euler": 2, "midpoint": 4, "heun": 4, "rk4": 8, "alf": 4, "flowedit": 2}[method]
     assert status == 0 and f"{3 * per_leg} network evaluations" in out  # guided: the second leg costs twice
 
 
@@ -242,8 +165,10 @@ def test_evaluate_reports_figures_sheets_and_an_exact_round_trip(studio, within)
     assert status == 0, err
     figures = json.loads((studio / "report/metrics.json").read_text())
     assert figures["classifier_accuracy"] == 1.0
-    assert [(pair["source"], pair["target"]) for pair in figures["pairs"]] == [("cold", "warm"), ("warm", "cold")]
-    for pair in figures["pairs"]:
+    (result,) = figures["results"]
+    assert result["settings"]["method"] == "alf" and result["settings"]["cfg_scale"] == 1.5
+    assert [(pair["source"], pair["target"]) for pair in result["pairs"]] == [("cold", "warm"), ("warm", "cold")]
+    for pair in result["pairs"]:
         assert pair["round_trip_differing"] == 0 and pair["round_trip_elements"] == 4 * 12 * 8 * 8
     assert Image.open(studio / "report/cold_to_warm.png").width > 300
     assert "| cold -> warm | 4 |" in out

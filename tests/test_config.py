@@ -43,7 +43,9 @@ def wrong_values() -> Iterator[tuple]:
             values = [0.5, "x", [0.5], [0.5, 0.6, 0.7], [0.5, "x"], [0.5, True], [math.nan, 0.5], [0.5, None]]
         else:
             values = WRONG[(typing.get_args(hint) or (hint,))[0]]
-        yield from ((name, value) for value in (values if name in OPTIONAL else [*values, None]))
+        yield from (
+            (name, value) for value in (values if name in OPTIONAL | {"inference.guidance"} else [*values, None])
+        )
 
 
 def out_of_range() -> Iterator[tuple]:
@@ -86,7 +88,7 @@ def test_a_value_out_of_range_is_an_error_with_key_value_and_what_is_allowed(nam
         ("training.use_amp", 1, "true or false"),
         ("autoencoder.name", 4, "a text"),
         ("training.coupling", "OT", "one of independent, ot"),
-        ("inference.method", "rk5", "one of alf, euler, midpoint, heun, rk4"),
+        ("inference.method", "rk5", "one of alf, euler, midpoint, heun, rk4, flowedit"),
     ],
 )
 def test_the_message_says_what_is_allowed(name, value, allowed):
@@ -334,3 +336,8 @@ def test_the_guide_lists_every_key_with_its_default(page):
     for name, entry in KEYS.items():
         default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
         assert f"| `{name.partition('.')[2]}` | `{json.dumps(default)}` |" in text, name
+
+
+def test_the_choice_null_can_be_typed_though_it_is_a_word_of_json():
+    assert load_config(None, ["inference.guidance=null"]).inference.guidance == "null"
+    assert config_from_dict({"inference": {"guidance": None}}).inference.guidance == "null"

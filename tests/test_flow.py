@@ -246,6 +246,56 @@ def test_a_picture_whose_reference_is_its_own_style_is_not_moved_by_its_neighbou
     assert torch.equal(Field(Affine(), STYLE, 2.5, torch.tensor([3, 2]))(X, 0.5), expected(0.5, 3.0, -3.0))
 
 
+TABLE = torch.tensor([[1.0, 3.0], [1.0, 2.0], [5.0, 5.0], [0.0, 8.0]]).view(4, 1, 1, 2)
+
+
+def table(x, t, style):
+    return TABLE[style] + 0 * x
+
+
+@pytest.mark.parametrize(("rescale", "factor"), [(0.0, 1.0), (0.5, 0.75), (1.0, 0.5)])
+def test_rescaling_brings_the_deviation_back_by_hand(rescale, factor):
+    # (1, 3) against (1, 2) at scale 3: (1, 3) + 2 (0, 1) = (1, 5), of deviation 2 where (1, 3) has 1. The second
+    # picture: (0, 8) + 2 (0 - 1, 8 - 2) = (-2, 20), of deviation 11 where (0, 8) has 4.
+    v = Field(table, torch.tensor([0, 3]), 3.0, torch.tensor([1, 1]), rescale=rescale)(torch.zeros(2, 1, 1, 2), 0.5)
+    second = 1 + rescale * (4 / 11 - 1)
+    by_hand = [factor * 1, factor * 5, second * -2, second * 20]
+    assert v.flatten().tolist() == pytest.approx(by_hand, rel=1e-6)  # some roundings in float32
+
+
+@quick
+@given(seed=st.integers(0, 1000), scale=st.floats(0, 8), rescale=st.floats(0, 1))
+def test_rescaling_is_a_factor_a_picture_that_at_one_gives_each_the_unguided_deviation(seed, scale, rescale):
+    values = torch.randn(4, 3, 4, 4, generator=generator(seed)) * torch.tensor([0.1, 1, 5, 50]).view(4, 1, 1, 1)
+    style, reference, x = torch.tensor([0, 1, 2]), torch.tensor([3, 2, 1]), torch.zeros(3, 3, 4, 4)
+
+    def velocity(scale, rescale):
+        return Field(lambda x, t, style: values[style], style, scale, reference, rescale=rescale)(x, 0.5)
+
+    plain, guided, whole, part = velocity(1, 0), velocity(scale, 0), velocity(scale, 1), velocity(scale, rescale)
+    before, after, wanted = (v.flatten(1).double().std(1, correction=0) for v in (guided, whole, plain))
+    # 48 values in float32: each deviation rounds by some 1e-6 of itself, and the factor, made as 1 + (shrink - 1), by
+    # another 1e-7 of what it is applied to.
+    assert ((after - wanted).abs() <= 2e-6 * wanted + 2e-7 * before).all()
+    torch.testing.assert_close(part, guided + rescale * (whole - guided), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])
+def test_rescaling_leaves_a_picture_whose_reference_is_its_own_style_alone_to_the_bit(rescale):
+    x = torch.randn(2, 3, 4, 4, generator=generator(7))
+    style = torch.tensor([3, 1])
+    v = Field(Affine(), style, 4.0, torch.tensor([3, 2]), rescale=rescale)(x, 0.3)
+    plain = Field(Affine(), style)(x, 0.3)
+    assert torch.equal(v[0], plain[0])
+    assert not torch.equal(v[1], plain[1])
+
+
+def test_rescaling_leaves_a_velocity_without_deviation_alone():
+    style, reference = torch.tensor([2, 2]), torch.tensor([2, 1])
+    v = Field(table, style, 2.0, reference, rescale=1.0)(torch.zeros(2, 1, 1, 2), 0.5)
+    assert v[0].flatten().tolist() == [5.0, 5.0]  # its reference is its own style
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_a_missing_reference_is_an_error_that_names_the_scale(scale):
     with pytest.raises(ValueError, match=str(scale)):
@@ -267,10 +317,17 @@ def test_the_network_gets_t_as_float32_once_a_row(scale):
     assert torch.equal(model.times[0], torch.full((rows,), 0.1, dtype=torch.float32))
 
 
-def test_a_real_network_at_scale_one_gives_the_very_bits_of_its_conditional():
+def real_network():
+    """A small IsoNext with random weights, so that the style matters."""
     torch.manual_seed(0)
     model = IsoNext(3, 4, hidden_dim=8, num_layers=1, style_dim=8, time_dim=8, num_groups=2).eval()
-    torch.nn.init.normal_(model.head.weight)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(False)
+
+
+def test_a_real_network_at_scale_one_gives_the_very_bits_of_its_conditional():
+    model = real_network()
     with torch.no_grad():
         v = Field(model, STYLE)(X, 0.3)
         assert torch.equal(v, model(X, torch.tensor([0.3, 0.3]), STYLE))
@@ -286,3 +343,55 @@ def test_source_guidance_leaves_alone_the_pictures_of_a_mixed_batch_whose_styles
     plain = model(torch.cat([x, x]), None, torch.cat([target, source]))[:2]
     assert guided[0] == plain[0]
     assert guided[1] != plain[1]
+
+
+#################################################################################
+#                             Styles as embeddings                              #
+#################################################################################
+
+NETWORK = real_network()
+
+
+def between(share):
+    """Embeddings from STYLE towards REFERENCE."""
+    return torch.lerp(NETWORK.embed(STYLE), NETWORK.embed(REFERENCE), share)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_embeddings_of_ids_give_the_very_bits_of_the_ids_and_the_reference_may_be_either(scale, rescale):
+    by_id = Field(NETWORK, STYLE, scale, REFERENCE, rescale=rescale)
+    v = by_id(X, 0.3)
+    for reference in (REFERENCE, NETWORK.embed(REFERENCE)):
+        field = Field(NETWORK, NETWORK.embed(STYLE), scale, reference, rescale=rescale)
+        assert torch.equal(field(X, 0.3), v)
+        assert field.nfe == by_id.nfe
+    assert not torch.equal(v, Field(NETWORK, REFERENCE)(X, 0.3))
+
+
+def test_an_embedding_between_two_styles_is_guided_against_an_id():
+    both = [Field(NETWORK, style)(X, 0.3) for style in (between(0.25), REFERENCE)]
+    v = Field(NETWORK, between(0.25), 3.0, REFERENCE)(X, 0.3)
+    # The definition in float32; a doubled batch may round each velocity, here of size 10, otherwise: 1e-6 of it.
+    torch.testing.assert_close(v, both[0] + 2 * (both[0] - both[1]), rtol=0, atol=1e-4)
+    assert (v - both[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.0, 7.5])
+def test_guidance_is_off_where_the_embedding_is_that_of_the_reference(scale):
+    field = Field(NETWORK, between(1.0), scale, REFERENCE)
+    assert torch.equal(field(X, 0.3), Field(NETWORK, REFERENCE)(X, 0.3))
+    assert field.nfe == 1
+
+
+def test_one_entry_of_an_embedding_that_differs_is_another_style_and_its_neighbours_are_not_moved():
+    table = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    reference = table.clone()
+    reference[1, 1] = 3.0
+
+    def model(x, t, style):
+        return x + style.sum(1).view(-1, 1, 1, 1)
+
+    v = Field(model, table, 2.0, reference)(X, 0.5)
+    assert torch.equal(v[0], X[0] + 1)
+    assert torch.equal(v[1], X[1] + 3 + (3 - 4))

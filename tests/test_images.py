@@ -295,3 +295,33 @@ def test_a_short_row_leaves_its_place_white():
     sheet = np.asarray(images.contact_sheet([[black, black], [black]], gap=1))
     assert sheet.shape == (11, 11, 3)
     assert (sheet[6:10, 6:10] == 255).all() and (sheet[6:10, 1:5] == 0).all()
+
+
+@pytest.mark.parametrize(("count", "across"), [(1, 8), (3, 8), (8, 8), (9, 8), (5, 2)])
+def test_a_strip_is_contact_sheets_of_so_many_across_below_each_other(count, across):
+    tiles = RNG.integers(0, 200, (count, 20, 30, 3), np.uint8)
+    pictures, titles = [Image.fromarray(tile) for tile in tiles], [f"n{number}" for number in range(count)]
+    seen = np.asarray(images.strip(pictures, titles, across))
+    starts = range(0, count, across)
+    rows = [
+        np.asarray(images.contact_sheet([pictures[start : start + across]], titles[start : start + across]))
+        for start in starts
+    ]
+    assert seen.shape == (sum(len(row) for row in rows), rows[0].shape[1], 3)
+    top = 0
+    for row in rows:
+        np.testing.assert_array_equal(seen[top : top + len(row), : row.shape[1]], row)
+        assert (seen[top : top + len(row), row.shape[1] :] == 255).all(), "the rest of a short row is white"
+        top += len(row)
+
+
+def test_every_picture_of_a_strip_is_there_once_in_reading_order_with_its_title_above():
+    tiles = RNG.integers(0, 200, (5, 16, 24, 3), np.uint8)
+    sheet = np.asarray(images.strip([Image.fromarray(tile) for tile in tiles], list("abcde"), across=2))
+    windows = np.lib.stride_tricks.sliding_window_view(sheet, (16, 24, 3))[:, :, 0]
+    places = [np.argwhere((windows == tile).all((2, 3, 4))).tolist() for tile in tiles]
+    assert all(len(found) == 1 for found in places), places
+    tops, lefts = zip(*(found[0] for found in places), strict=True)
+    assert tops[0] == tops[1] < tops[2] == tops[3] < tops[4] and lefts[0] == lefts[2] == lefts[4] < lefts[1] == lefts[3]
+    for top, left in zip(tops, lefts, strict=True):
+        assert (sheet[top - 12 : top, left : left + 24] < 128).any(), "no title above this one"

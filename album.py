@@ -1,0 +1,144 @@
+"""A picture or a folder of them, as batches for the network; results are saved while the next batch is made.
+
+Reading and writing pictures run in threads beside the network, so that it does not wait for them.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import images
+from cli import UserError
+from latents import read_latent
+from pipeline import Pipeline
+
+THREADS = 4
+
+
+@dataclass
+class Job:
+    """One input and where its result goes."""
+
+    source: Path
+    output: Path
+
+
+@dataclass
+class Loaded:
+    """A batch of inputs of one size, ready for the network; `latents` may have more rows than there are jobs."""
+
+    jobs: list[Job]
+    latents: Tensor  # (B, C, h, w) standardised
+    size: tuple[int, int]  # of the pictures: height, width
+
+
+def find_jobs(source: Path, output: Path) -> list[Job]:
+    """A file to a file, or every picture below a folder to the same name below another."""
+    if not source.exists():
+        raise UserError(f"--input {source}: no such file or folder")
+    if output.resolve().is_relative_to(source.resolve()):  # the same file, the same folder, or one inside it
+        raise UserError(f"--output {output}: lies on or in --input, which would be overwritten; choose another place")
+    if not source.is_dir():
+        return [Job(source, picture_path(output))]
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file, but --input is a folder; give a folder")
+    pictures = images.find_pictures(source)
+    if not pictures:
+        raise UserError(f"--input {source}: holds no pictures ({' '.join(images.SUFFIXES)})")
+    return [Job(source / name, output / name) for name in pictures]
+
+
+def picture_path(output: Path) -> Path:
+    """`output`, if a picture can be written there."""
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder, but --input is one file; give a file name")
+    if output.suffix.lower() not in images.SUFFIXES:
+        raise UserError(f"--output {output}: give a file name ending in one of {' '.join(images.SUFFIXES)}")
+    return output
+
+
+def load_batches(
+    jobs: list[Job],
+    pipeline: Pipeline,
+    resize: int | None,  # pixels of the short side
+    batch_size: int,
+    skipped: list[str] | None,  # is told of bad pictures; None raises instead
+) -> Iterator[Loaded]:
+    """Batches of pictures of one size, in order. For a compiled network they are filled up: one shape, one graph."""
+
+    def read(job: Job) -> Image.Image | UserError:
+        try:
+            picture = images.open_picture(job.source)
+            return images.resize_short_side(picture, resize) if resize else picture
+        except UserError as error:
+            return error
+
+    def good() -> Iterator[tuple[Job, Image.Image]]:
+        for job, picture in zip(jobs, ahead(read, jobs, batch_size + THREADS), strict=True):
+            if not isinstance(picture, UserError):
+                yield job, picture
+            elif skipped is None:
+                raise picture
+            else:
+                skipped.append(str(picture))
+
+    for (width, height), group in groupby(good(), key=lambda item: item[1].size):
+        while chunk := list(islice(group, batch_size)):
+            rows = [images.to_bytes(picture) for _, picture in chunk]
+            rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
+            latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
+            yield Loaded([job for job, _ in chunk], latents, (height, width))
+
+
+def load_stored_latent(job: Job, pipeline: Pipeline) -> Loaded:
+    """A latent of the store as a batch of one."""
+    latent = read_latent(job.source)["latent"]
+    if len(latent) != pipeline.spec.channels:
+        raise UserError(f"{job.source}: has {len(latent)} channels, the checkpoint's latents {pipeline.spec.channels}")
+    size = tuple(side * pipeline.spec.factor for side in latent.shape[1:])
+    return Loaded([job], pipeline.spec.standardise(latent[None].to(pipeline.device)), size)
+
+
+#################################################################################
+#                             Beside the network                                #
+#################################################################################
+
+
+def ahead(work: Callable[[Any], Any], items: Iterable, count: int) -> Iterator:
+    """`map(work, items)` in threads, `count` results ahead and no more."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[Future] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def in_background(at_once: int) -> Iterator[Callable[..., None]]:
+    """Yields `submit(function, *arguments)`, which waits only while `at_once` calls are unfinished.
+
+    What a call raises is raised at a later `submit`, or at the end.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[Future] = deque()
+
+        def submit(function: Callable, *arguments: Any) -> None:
+            waiting.append(pool.submit(function, *arguments))
+            while len(waiting) > at_once or (waiting and waiting[0].done()):
+                waiting.popleft().result()
+
+        yield submit
+        while waiting:
+            waiting.popleft().result()

@@ -1,0 +1,191 @@
+"""Which solver comes back, and which is near the truth?
+
+python benchmarks/solvers.py --checkpoint checkpoints/emoji/stage1_epoch16.pt --data raw_data/emoji_test
+
+For every method and number of steps, on one batch of pictures of style A, unguided, in the checkpoint's precision:
+
+    NFE            network evaluations of a leg (a solved inversion costs more than its generation: both are given)
+    ms             of a leg and a picture
+    back           picture -> structure -> picture, both under A: root mean square and largest error, in deviations of
+                   the latents, and PSNR of the decoded pictures
+    a-b-a          the transfer run backwards to its picture: root mean square error
+    transfer error against RK4 with 100 steps in float32: root mean square
+    differ         latent elements that a-b-a changes, on the lattice
+
+Then the same transfer error of `alf` for other time grids. Times are of one run each, in turn; the last line is JSON.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import images
+from cli import UserError, add_device_flags, allow_tf32, device_name, new_parser, pick_device, run
+from metrics import psnr
+from pipeline import Pipeline, load_pipeline
+from solvers import LatticeState
+from structure import Certificate
+from transfers import TransferSettings, latents_of
+
+METHODS = ("alf", "euler", "midpoint", "heun", "rk4", "euler+fixed_point", "rk4+fixed_point")
+GRIDS = ("uniform", "cosine", "uniform:0.25", "uniform:0.5", "uniform:2", "uniform:4")
+
+
+@dataclass
+class Row:
+    method: str
+    steps: int
+    nfe: str  # of a leg, or of both where they differ
+    ms: float
+    back_rms: float
+    back_max: float
+    back_db: float  # mean over pictures; infinite where nothing is lost
+    aba_rms: float
+    transfer_rms: float
+    differ: int
+    elements: int
+
+
+def load_batch(pipeline: Pipeline, folder: Path, count: int) -> tuple[Tensor, tuple[int, int]]:
+    """The first `count` pictures of a folder as latents, and their size in pixels."""
+    names, size = images.find_pictures(folder)[:count], pipeline.spec.image_size
+    if not names:
+        raise UserError(f"{folder}: no pictures; --data needs a folder for each style")
+    pictures = [images.square(images.open_picture(folder / name), size) for name in names]
+    return pipeline.encode(images.to_pixels(torch.stack([images.to_bytes(each) for each in pictures]))), (size, size)
+
+
+def settings(method: str, steps: int, grid: str = "uniform") -> TransferSettings:
+    method, _, inversion = method.partition("+")
+    grid, _, shift = grid.partition(":")
+    return TransferSettings(
+        method, steps, inversion=inversion or "explicit", time_grid=grid, time_shift=float(shift or 1)
+    )
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def measure(
+    pipeline: Pipeline,
+    x1: Tensor,
+    size: tuple[int, int],
+    styles: tuple[int, int],
+    how: TransferSettings,
+    reference: Tensor,
+) -> Row:
+    a, b = styles
+    started = time.perf_counter()
+    inverted = pipeline.invert(x1, a, how)
+    made = pipeline.generate(inverted, a, b, how)
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    seconds = time.perf_counter() - started
+    back = latents_of(pipeline.generate(inverted, a, a, how).end)
+    returned, certificate = pipeline.undo(made.end, a, b, how)[1], Certificate()
+    certificate.compare(LatticeState.at_picture(x1), returned)
+    generation = made.nfe - inverted.nfe
+    return Row(
+        method=how.method + ("+fixed_point" if how.inversion == "fixed_point" else ""),
+        steps=how.num_steps,
+        nfe=f"{generation}" if generation == inverted.nfe else f"{inverted.nfe}, {generation}",
+        ms=seconds / 2 / len(x1) * 1e3,
+        back_rms=rms(back - on_lattice(x1, how)),
+        back_max=(back - on_lattice(x1, how)).abs().max().item(),
+        back_db=psnr(pipeline.decode(back, *size), pipeline.decode(on_lattice(x1, how), *size)).mean().item(),
+        aba_rms=rms(latents_of(returned) - on_lattice(x1, how)),
+        transfer_rms=rms(made.latents - reference),
+        differ=certificate.differing,
+        elements=certificate.elements,
+    )
+
+
+def on_lattice(x1: Tensor, how: TransferSettings) -> Tensor:
+    """What the method was given: alf starts from the nearest lattice point, 5e-7 away at most."""
+    return LatticeState.at_picture(x1).x if how.method == "alf" else x1
+
+
+def show(rows: list[Row]) -> None:
+    print("| method | steps | NFE | ms | back rms | back max | back dB | a-b-a rms | transfer error | differ |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        back = "exact" if row.back_rms == 0 else f"{row.back_rms:.2g}"
+        cells = (
+            *(row.method, row.steps, row.nfe, f"{row.ms:.0f}", back, f"{row.back_max:.2g}", f"{row.back_db:.1f}"),
+            *(f"{row.aba_rms:.2g}", f"{row.transfer_rms:.3f}", f"{row.differ} of {row.elements}"),
+        )
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def main(args: argparse.Namespace) -> int:
+    pipeline, config = load_pipeline(args.checkpoint, pick_device(args.device))
+    bf16 = pipeline.bf16 if args.precision == "auto" else args.precision == "bf16"
+    a, b = (pipeline.spec.style_id(style) for style in (args.source_style, args.target_style))
+    x1, size = load_batch(pipeline, args.data / pipeline.spec.styles[a], args.pictures)
+    if config.training.compile:
+        pipeline.compile()
+
+    def in_precision(wanted: bool) -> None:
+        pipeline.bf16 = wanted
+        allow_tf32(config.training.tf32 and wanted)
+        pipeline.transfer(x1, a, b, settings("euler", 1))  # so that compiling is not timed
+
+    in_precision(False)
+    reference = pipeline.transfer(x1, a, b, settings("rk4", 100)).latents
+    half = pipeline.transfer(x1, a, b, settings("rk4", 50)).latents
+    rows = []
+    for solved in (False, True):  # a solved inversion is float32's
+        in_precision(bf16 and not solved)
+        chosen = [method for method in args.methods if ("+" in method) is solved]
+        for method in tqdm(chosen, desc="methods", disable=None):
+            rows += [measure(pipeline, x1, size, (a, b), settings(method, n), reference) for n in args.steps]
+    in_precision(bf16)
+    grids = {
+        grid: {n: rms(pipeline.transfer(x1, a, b, settings("alf", n, grid)).latents - reference) for n in (10, 20)}
+        for grid in tqdm(args.grids, desc="grids", disable=None)
+    }
+
+    name, styles = device_name(pipeline.device), pipeline.spec.styles
+    precision, mode = "bf16" if bf16 else "fp32", "compiled" if pipeline.compiled else "eager"
+    print(f"{name}; {len(x1)} pictures {styles[a]} -> {styles[b]}, latents {tuple(x1.shape[1:])}, "
+          f"{precision} (fixed_point: fp32), {mode}")  # fmt: skip
+    print(f"the reference (RK4, 100 steps, fp32) is {rms(half - reference):.1g} rms from its own 50 steps\n")
+    show(rows)
+    print("\n| time grid of alf | transfer error, 10 steps | 20 steps |\n| --- | --- | --- |")
+    for grid, errors in grids.items():
+        print(f"| {grid} | {errors[10]:.3f} | {errors[20]:.3f} |")
+    for row in rows:
+        row.back_db = min(row.back_db, 999.0)  # JSON has no infinity
+    table = [asdict(row) for row in rows]
+    result = {"device": name, "pictures": len(x1), "precision": precision, "rows": table}
+    print(json.dumps(result | {"reference_half_rms": rms(half - reference), "grids": grids}))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("Compare the solvers on a checkpoint: cost, way back, distance to the truth.", config=False)
+    parser.add_argument("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py")
+    parser.add_argument("--data", required=True, type=Path, help="held-out pictures, one folder a style")
+    parser.add_argument("--source_style", default="0", help="id or name")
+    parser.add_argument("--target_style", default="1", help="id or name")
+    parser.add_argument("--pictures", type=int, default=16, help="in the one batch")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 20], help="a leg")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="to compare")
+    parser.add_argument("--grids", nargs="+", default=GRIDS, metavar="KIND:SHIFT", help="time grids for alf")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as trained")
+    add_device_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
