@@ -291,3 +291,23 @@ def test_step_benchmark_ends_with_one_json_line():
     # By hand: 128 positions; stem and head 9 * 4 * 32 = 1152 multiply-adds each, depthwise 49 * 32 = 1568, pointwise
     # 2 * 32 * 128 = 8192, so 12064 forward; three times that, less the stem's input gradient; two operations each.
     assert figures["step_gflop"] == round(128 * 2 * (3 * 12064 - 1152) / 1e9, 2)
+
+
+def test_solver_benchmark_tells_which_method_comes_back(studio):
+    flags = ["--checkpoint", CHECKPOINT, "--data", "raw_data", "--pictures", "3", "--steps", "4", "--grids", "uniform"]
+    done = call(studio, "benchmarks/solvers.py", *flags, "--methods", "alf", "euler", "rk4", "rk4+fixed_point")
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    assert [row["nfe"] for row in rows.values()][:3] == ["6", "4", "16"]
+    assert rows["alf"]["differ"] == 0 and rows["alf"]["back_rms"] == 0 and rows["alf"]["elements"] == 3 * 12 * 8 * 8
+    assert rows["euler"]["back_rms"] > 10 * rows["rk4+fixed_point"]["back_rms"] > 0
+    assert rows["euler"]["transfer_rms"] > rows["alf"]["transfer_rms"]  # first order against second
+
+
+def test_folder_benchmark_compares_a_folder_with_its_legs(studio):
+    flags = ["--checkpoint", CHECKPOINT, "--data", "raw_data/cold", "--batch_size", "4", "--rounds", "1"]
+    done = call(studio, "benchmarks/folder.py", *flags)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["pictures"] == 16
+    assert figures["share"] == pytest.approx(figures["folder_per_s"] / figures["legs_per_s"], rel=1e-2)
