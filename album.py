@@ -60,7 +60,7 @@ def find_jobs(source: Path, output: Path) -> list[Job]:
 def picture_path(output: Path) -> Path:
     """`output`, if a picture can be written there."""
     if output.is_dir():
-        raise UserError(f"--output {output}: is a folder, but --input is one file; give a file name")
+        raise UserError(f"--output {output}: is a folder, but one picture is made; give a file name")
     if output.suffix.lower() not in images.SUFFIXES:
         raise UserError(f"--output {output}: give a file name ending in one of {' '.join(images.SUFFIXES)}")
     return output

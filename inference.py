@@ -41,9 +41,9 @@ def transfer_input(args: argparse.Namespace) -> int:
     is_folder = args.input.is_dir()
     todo = [job for job in jobs if args.overwrite or not is_folder or not job.output.exists()]
     plan = make_plan(args, len(todo))
-    refuse_collisions(todo, plan)
+    refuse_collisions(jobs, plan)
     skipped: list[str] | None = [] if is_folder else None
-    if args.input.suffix == ".pt":
+    if args.input.suffix == ".pt" and not is_folder:
         batches = iter([album.load_stored_latent(todo[0], plan.pipeline)])
     else:
         batch_size = 1 if args.min_structure is not None else args.batch_size
@@ -56,7 +56,7 @@ def transfer_input(args: argparse.Namespace) -> int:
     print_plan(plan)
     kept = f", {len(jobs) - len(todo)} were there already" if len(todo) < len(jobs) else ""
     print_made(report, plan, seconds, kept)
-    print(f"written to {args.output}")
+    print(f"written to {args.output}" + (", the frames to folders beside it" if args.interpolate else ""))
     for reason in skipped or ():
         print(f"skipped: {reason}")
     return certificate_status(plan, 1 if skipped else 0)
@@ -233,8 +233,10 @@ def check_flags(args: argparse.Namespace) -> Callable[[argparse.Namespace], int]
     if way is not restore and (args.target_style is None) == (args.interpolate is None):
         raise UserError("give either --target_style STYLE (or all), or --interpolate A B")
     several = args.interpolate is not None or args.target_style == "all"
-    if args.compare and (several or way is not transfer_input):
-        raise UserError("--compare is for one target of a picture; the sheet of several shows the picture already")
+    if args.compare and way is not transfer_input:
+        raise UserError("--compare shows --input beside its transfer, and here is no --input")
+    if args.compare and several:
+        raise UserError("--compare is for one target; the sheet of several shows the picture already")
     if args.save_structure:
         if several or args.input.is_dir():
             raise UserError("--save_structure keeps one picture's way to one style; give one picture and one target")
@@ -276,7 +278,7 @@ def certificate_status(plan: Plan, status: int) -> int:
     if plan.certificate is None:
         return status
     print(plan.certificate.line(likely_cause(plan.how)))
-    return status if plan.certificate.exact else 3
+    return status if plan.certificate.exact or not plan.certificate.elements else 3
 
 
 #################################################################################

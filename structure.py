@@ -25,6 +25,13 @@ from solvers import LATTICE, LatticeState
 from transfers import State, TransferSettings
 
 FORMAT = 1
+REMEDIES = {
+    "checkpoint": "give the checkpoint it was made with",
+    "precision": "leave --precision out",
+    "compiled": "leave --compile out",
+    "device": "use the same, with as many threads (OMP_NUM_THREADS)",
+    "torch": "install that version",
+}
 SUFFIX = ".safetensors"
 TENSORS = ("position", "defect", "end_position", "end_defect")
 
@@ -161,7 +168,8 @@ def refuse_other_bits(structure: Structure, pipeline: Pipeline, path: Path, name
     here = fixed_bits(pipeline)
     for name, there in structure.bits.items():
         if here[name] != there and (not names or name in names):
-            raise UserError(f"{path}: made with another {name}: {str(there)[:48]}; here it is {str(here[name])[:48]}")
+            values = f"{str(there)[:48]}; here it is {str(here[name])[:48]}"
+            raise UserError(f"{path}: made with another {name}: {values}; {REMEDIES.get(name, 'make the file anew')}")
 
 
 def _parts(structure: Structure) -> tuple[Tensor, ...]:

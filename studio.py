@@ -104,7 +104,7 @@ def find_strength(batch: Loaded, plan: Plan, target: Target, report: Report) -> 
     reached = dict(tried)[1 - cut.grid[0]]
     trials = ", ".join(f"{strength:.2f}: {value:.3f}" for strength, value in sorted(tried))
     report.notes.append(
-        f"{batch.jobs[0].source.name} as {target.title}: strength {1 - cut.grid[0]:.2f} keeps structure {reached:.3f} "
+        f"{batch.jobs[0].source} as {target.title}: strength {1 - cut.grid[0]:.2f} keeps structure {reached:.3f} "
         f"(tried {trials})"
     )
     return made, cut
@@ -116,7 +116,7 @@ def note_residual(batch: Loaded, made: Transfer, how: TransferSettings, report: 
     for job, residual in zip(batch.jobs, made.residual.tolist(), strict=False):
         report.residual = max(report.residual, residual)
         if not residual <= how.tolerance:
-            report.unsolved.append(job.source.name)
+            report.unsolved.append(str(job.source))
 
 
 def results_of(job: Job, plan: Plan) -> list[Path]:
