@@ -16,10 +16,11 @@ from checkpoint import epoch_checkpoints
 from cli import UserError, new_parser, pick_device, run
 from config import load_config
 from demo_pictures import draw_folders
-from evaluate import evaluate, figures_table, make_ruler, write_report
 from logbook import plot_losses
 from pipeline import load_pipeline, transfer_settings
 from preprocess_latents import preprocess, print_report
+from report import report_text, write_report
+from ruler import Ruler, load_styles
 from train import train
 
 
@@ -53,14 +54,16 @@ def main(args: argparse.Namespace) -> int:
     how = transfer_settings(config.inference)
     if config.training.compile:
         pipeline.compile()
-    ruler = make_ruler(pipeline, Path(config.data.raw_data_root), pictures / "test")
-    result = evaluate(pipeline, ruler, how, pairs=True)
-    write_report(ruler, [result], output)
+    styles, size = pipeline.spec.styles, pipeline.spec.image_size
+    known, held = (load_styles(root, styles, size) for root in (Path(config.data.raw_data_root), pictures / "test"))
+    ruler = Ruler(pipeline, known, held, pairs=True)
+    results = [ruler.measure(pipeline, how, checkpoints[-1].name)]
+    sheets = write_report(ruler, results, output)
     plot_losses(Path(config.checkpoint.save_dir) / "metrics.jsonl", output / "losses.png")
 
-    print(f"\n{figures_table(ruler, [result])}\n")
-    sheets = ", ".join(str(output / f"{source}_to_{target}.png") for source, target in result.sheets)
-    print(f"look at {sheets} and {output / 'losses.png'}   ({time.perf_counter() - started:.0f} s)")
+    print(f"\n{report_text(ruler, results)}\n")
+    shown = ", ".join(str(path) for path in (*sheets, output / "losses.png"))
+    print(f"look at {shown}   ({time.perf_counter() - started:.0f} s)")
     return 0
 
 

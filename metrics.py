@@ -3,9 +3,28 @@
 Pixels are (B, 3, H, W) in [-1, 1] throughout.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over pictures with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+#################################################################################
+#                                   Structure                                   #
+#################################################################################
 
 
 def luminance(pixels: Tensor) -> Tensor:
@@ -42,6 +61,63 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     return (score / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).flatten(1).mean(1)
+
+
+def edges(pixels: Tensor, threshold: float = 0.1) -> Tensor:
+    """(B, 1, H, W) bool: where luminance changes by more than `threshold` of its range a pixel (Sobel)."""
+    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    kernels = torch.stack([across, across.T])[:, None].to(pixels)
+    padded = F.pad(luminance(pixels), (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, kernels).norm(dim=1, keepdim=True) > threshold
+
+
+def edge_f1(a: Tensor, b: Tensor, reach: int = 1) -> Tensor:
+    """(B,) F1 of the edges of a and b, where an edge counts as met within `reach` pixels; 1 where neither has any."""
+    of_a, of_b = edges(a).float(), edges(b).float()
+    near_a, near_b = (F.max_pool2d(each, 2 * reach + 1, 1, reach) for each in (of_a, of_b))
+    count_a, count_b = (each.flatten(1).sum(1) for each in (of_a, of_b))
+    precision = (of_a * near_b).flatten(1).sum(1) / count_a.clamp_min(1)
+    recall = (of_b * near_a).flatten(1).sum(1) / count_b.clamp_min(1)
+    score = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
+    return torch.where(count_a + count_b == 0, 1.0, score)
+
+
+def self_similarity(pixels: Tensor, cell: int = 8) -> Tensor:
+    """(B, n, n) cosine similarities between the n cells of a picture, from what is in them and not where.
+
+    A cell is described by its mean colour and by how strongly luminance changes along four directions, each taken
+    relative to the picture's own mean and deviation: how the parts of a picture relate to each other is its layout,
+    whatever they are painted in (Shechtman & Irani, CVPR 2007; Kolkin et al., arXiv:1904.12785).
+    """
+    y = luminance(pixels)
+    steps = ((0, 1), (1, 0), (1, 1), (1, -1))
+    change = [(y - y.roll(step, (2, 3))).abs() for step in steps]
+    cells = F.avg_pool2d(torch.cat([pixels, *change], 1), cell).flatten(2)  # (B, 7, n)
+    cells = (cells - cells.mean(2, keepdim=True)) / (cells.std(2, keepdim=True, correction=0) + 1e-3)
+    directions = F.normalize(cells, dim=1, eps=1e-3)  # rounding in a flat picture is no direction
+    return directions.mT @ directions
+
+
+def self_similarity_distance(a: Tensor, b: Tensor) -> Tensor:
+    """(B,) mean absolute difference of the self-similarities, from 0 to 2."""
+    return (self_similarity(a) - self_similarity(b)).abs().flatten(1).mean(1)
+
+
+def retrieval(made: Tensor, truth: Tensor, side: int = 16) -> Tensor:
+    """(B,) bool: of all pictures in `truth`, is the one at its own place the most like each of `made`?
+
+    By the correlation of luminance at `side` x `side` pixels; ties are no hits.
+    """
+    a, b = (F.interpolate(luminance(each), (side, side), mode="area").flatten(1) for each in (made, truth))
+    a, b = (F.normalize(each - each.mean(1, keepdim=True), dim=1, eps=1e-4) for each in (a, b))
+    likeness = a @ b.T
+    own = likeness.diagonal()
+    return (likeness >= own[:, None] - 1e-6).sum(1) == 1
+
+
+#################################################################################
+#                                     Style                                     #
+#################################################################################
 
 
 class StyleClassifier(nn.Module):
@@ -97,3 +173,151 @@ def train_style_classifier(
         optimizer.step()
         scheduler.step()
     return model.eval()
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 128, patches: int = 8192, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance of 7 x 7 colour patches, the mean over scales 1, 1/2 and 1/4.
+
+    Rabin et al., "Wasserstein barycenter and its application to texture mixing", 2011; patches as in Karras et al.,
+    arXiv:1710.10196, but not normalised, since colour is part of a style. In units of pixels in [-1, 1].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    distances = []
+    for scale in (1, 2, 4):
+        small = [F.avg_pool2d(pixels, scale) for pixels in (a, b)]
+        count = min(patches, *(len(each) * (each.shape[2] - 6) * (each.shape[3] - 6) for each in small))
+        sets = [_random_patches(each, count, seed) for each in small]  # the same places in sets of one size
+        directions = F.normalize(torch.randn(sets[0].shape[1], projections, generator=generator), dim=0)
+        ordered = [(each @ directions).sort(0).values for each in sets]
+        distances.append((ordered[0] - ordered[1]).square().mean().sqrt().item())
+    return sum(distances) / len(distances)
+
+
+def _random_patches(pixels: Tensor, count: int, seed: int) -> Tensor:
+    """(count, 147) patches of 7 x 7 pixels, drawn without repetition."""
+    height, width = pixels.shape[2] - 6, pixels.shape[3] - 6
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(pixels) * height * width, generator=generator)[:count]
+    picture, place = chosen // (height * width), chosen % (height * width)
+    rows = (place // width)[:, None] + torch.arange(7)  # (count, 7)
+    columns = (place % width)[:, None] + torch.arange(7)
+    return pixels[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]].flatten(1)
+
+
+def to_lab(pixels: Tensor) -> Tensor:
+    """sRGB in [-1, 1] (B, 3, H, W) -> CIE L*a*b*, white point D65: L from 0 to 100."""
+    rgb = (pixels.clamp(-1, 1) + 1) / 2
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    matrix = torch.tensor(  # IEC 61966-2-1
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], device=pixels.device
+    )
+    xyz = torch.einsum("kc,bchw->bkhw", matrix / matrix.sum(1, keepdim=True), linear)
+    f = torch.where(xyz > (6 / 29) ** 3, xyz.clamp_min(1e-9) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return torch.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+
+def lab_distance(a: Tensor, b: Tensor, points: int = 1024) -> float:
+    """1-Wasserstein distance between the histograms of L*, a* and b* over all pixels, the mean of the three."""
+    levels = (torch.arange(points) + 0.5) / points
+    quantiles = [
+        torch.stack([_quantiles(channel, levels) for channel in to_lab(each).transpose(0, 1).flatten(1)])
+        for each in (a, b)
+    ]
+    return (quantiles[0] - quantiles[1]).abs().mean().item()
+
+
+def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
+    ordered = values.sort().values  # torch.quantile refuses more than 2^24 values
+    return ordered[(levels * len(ordered)).long()]
+
+
+#################################################################################
+#                                 Distributions                                 #
+#################################################################################
+
+
+def latent_features(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 2 C): mean and deviation of each channel, what a Frechet or kernel distance compares."""
+    return torch.cat([latents.mean((2, 3)), latents.std((2, 3), correction=0)], 1).double()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mean difference|^2 + tr(A + B - 2 (A B)^1/2) of two sets of features (N, d): the distance of Heusel et al.
+
+    arXiv:1706.08500, eq. 6. On `latent_features` it is named FLD: it is no FID, whose features are Inception's.
+    """
+    means, covariances = zip(*((each.mean(0), torch.cov(each.T)) for each in (a, b)), strict=True)
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    middle = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp_min(0).sqrt().sum()
+    spread = covariances[0].trace() + covariances[1].trace() - 2 * middle
+    return ((means[0] - means[1]).square().sum() + spread.clamp_min(0)).item()  # rounding can make equal sets less
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD of features (N, d) under the kernel (x.y / d + 1)^3: Binkowski et al., arXiv:1801.01401."""
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    n, m = len(a), len(b)
+    within_a = (kernel(a, a).sum() - kernel(a, a).diagonal().sum()) / (n * (n - 1))
+    within_b = (kernel(b, b).sum() - kernel(b, b).diagonal().sum()) / (m * (m - 1))
+    return (within_a + within_b - 2 * kernel(a, b).mean()).item()
+
+
+def kernel_estimate(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int = 0) -> Estimate:
+    """The kernel distance as the mean over random subsets, and where 95 % of them lie; on `latent_features`: KLD."""
+    generator, size = torch.Generator().manual_seed(seed), min(size, len(a), len(b))
+    drawn = [[each[torch.randperm(len(each), generator=generator)[:size]] for each in (a, b)] for _ in range(subsets)]
+    values = torch.tensor([kernel_distance(x, y) for x, y in drawn], dtype=torch.float64)
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(values.mean().item(), low, high)
+
+
+def nearest_distance(queries: Tensor, among: Tensor) -> Tensor:
+    """(N,) root-mean-square distance of each query to its nearest neighbour; both (.., C, h, w)."""
+    a, b = queries.flatten(1), among.flatten(1)
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").amin(1) / a.shape[1] ** 0.5
+
+
+def probe_accuracy(features: Tensor, labels: Tensor, folds: int = 5, seed: int = 0) -> Tensor:
+    """(N,) bool: does a linear probe, trained on the other folds, tell each sample's label?
+
+    Ridge regression on one-hot labels over standardised features (N, d), its penalty chosen inside each training part.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = shuffled[labels[shuffled].argsort(stable=True)]  # dealt out in turn, so every fold has each label's share
+    hits = torch.zeros(len(labels), dtype=torch.bool)
+    for fold in range(folds):
+        is_test = torch.arange(len(order)) % folds == fold
+        test, train = order[is_test], order[~is_test]
+        inner = train[::4], torch.cat([train[1::4], train[2::4], train[3::4]])
+        penalties = [0.1, 1.0, 10.0, 100.0, 1000.0]
+        scores = [_ridge_hits(features, labels, inner[1], inner[0], each).double().mean() for each in penalties]
+        best = penalties[int(torch.stack(scores).argmax())]
+        hits[test] = _ridge_hits(features, labels, train, test, best)
+    return hits
+
+
+def _ridge_hits(features: Tensor, labels: Tensor, train: Tensor, test: Tensor, penalty: float) -> Tensor:
+    x = features.double()
+    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-8)
+    targets = F.one_hot(labels, int(labels.max()) + 1).double()
+    offset = targets[train].mean(0)
+    gram = x[train] @ x[train].T + penalty * torch.eye(len(train), dtype=torch.float64)  # dual: d may exceed N
+    weights = x[train].T @ torch.linalg.solve(gram, targets[train] - offset)
+    return (x[test] @ weights + offset).argmax(1) == labels[test]
+
+
+#################################################################################
+#                                  Uncertainty                                  #
+#################################################################################
+
+
+def bootstrap(values: Tensor, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """The mean of (N,) values and the percentile interval of its resampled means (Efron, Ann. Statist. 7(1), 1979)."""
+    values = values.double().flatten().cpu()
+    index = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = torch.quantile(values[index].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(values.mean().item(), low, high)

@@ -50,7 +50,9 @@ class TransferSettings:
 
     def legs(self, model: Model, source: Tensor, target: Tensor) -> tuple[Field, Field]:
         """The fields of the inversion and of the generation leg."""
-        reference = source if self.guidance == "source" else torch.full_like(source, model.null_style)
+        reference = (
+            source if self.guidance == "source" else torch.full((len(source),), model.null_style, device=source.device)
+        )
         guided = Field(model, target, self.cfg_scale, reference, self.cfg_interval, self.cfg_rescale)
         return Field(model, source), guided
 
@@ -141,7 +143,7 @@ def keep_structure(
     def inverted(skip: int) -> Inverted:
         solved = how.inversion == "fixed_point"
         if trail[skip] is None:
-            return Inverted(_picture(x1, how), 0, torch.zeros(len(x1)) if solved else None)
+            return Inverted(_picture(x1, how), 0, torch.zeros(len(x1), device=x1.device) if solved else None)
         if how.method == "alf":
             x, w = trail[skip]
             return Inverted(LatticeState(x, w - to_lattice(field(from_lattice(x), grid[skip]))), 0)

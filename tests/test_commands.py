@@ -164,14 +164,14 @@ def test_evaluate_reports_figures_sheets_and_an_exact_round_trip(studio, within)
     )
     assert status == 0, err
     figures = json.loads((studio / "report/metrics.json").read_text())
-    assert figures["classifier_accuracy"] == 1.0
+    assert figures["classifier_accuracy"]["mean"] == 1.0
     (result,) = figures["results"]
     assert result["settings"]["method"] == "alf" and result["settings"]["cfg_scale"] == 1.5
-    assert [(pair["source"], pair["target"]) for pair in result["pairs"]] == [("cold", "warm"), ("warm", "cold")]
-    for pair in result["pairs"]:
+    assert [(pair["source"], pair["target"]) for pair in result["directions"]] == [("cold", "warm"), ("warm", "cold")]
+    for pair in result["directions"]:
         assert pair["round_trip_differing"] == 0 and pair["round_trip_elements"] == 4 * 12 * 8 * 8
     assert Image.open(studio / "report/cold_to_warm.png").width > 300
-    assert "| cold -> warm | 4 |" in out
+    assert "| cold -> warm (4) |" in out
 
 
 #################################################################################

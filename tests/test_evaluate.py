@@ -8,8 +8,9 @@ import pytest
 from conftest import CHECKPOINT, refused
 from PIL import Image
 
-import evaluate
+import ruler
 from metrics import train_style_classifier
+from report import front
 
 DIRECTIONS = [("cold", "warm"), ("warm", "cold")]
 ELEMENTS = 2 * 12 * 8 * 8  # two pictures of 32 px a direction
@@ -19,7 +20,7 @@ ELEMENTS = 2 * 12 * 8 * 8  # two pictures of 32 px a direction
 def report(within, monkeypatch, tmp_path):
     """Evaluate two pictures a style with two steps a leg: returns (metrics.json, stdout, the report's folder)."""
     # None of these tests is about how sure the classifier is.
-    monkeypatch.setattr(evaluate, "train_style_classifier", functools.partial(train_style_classifier, steps=12))
+    monkeypatch.setattr(ruler, "train_style_classifier", functools.partial(train_style_classifier, steps=12))
     numbers = iter(range(100))
 
     def run(*flags: str, raw: bool = False):
@@ -40,9 +41,9 @@ def chosen(figures: dict, *names: str) -> list[tuple]:
     return [tuple(result["settings"][name] for name in names) for result in figures["results"]]
 
 
-def rows(out: str) -> list[list[str]]:
-    """The cells of the table's body."""
-    lines = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+def swept(out: str) -> list[list[str]]:
+    """The cells of the body of a sweep's table: star, setting, figures, round trip."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     return lines[2:]
 
 
@@ -56,12 +57,11 @@ def test_one_setting_is_a_list_of_one_with_sheets_and_without_a_column_for_it(re
     assert figures.keys() == {"classifier_accuracy", "reconstruction_psnr", "results"}
     assert chosen(figures, "method", "num_steps", "cfg_scale", "strength") == [("alf", 2, 2.0, 0.5)]
     (result,) = figures["results"]
-    assert [(pair["source"], pair["target"]) for pair in result["pairs"]] == DIRECTIONS
-    for pair in result["pairs"]:
-        assert (pair["pictures"], pair["round_trip_differing"], pair["round_trip_elements"]) == (2, 0, ELEMENTS)
-        assert pair["ssim_to_pair"] is None and pair["psnr_to_pair"] is None
-    assert [row[0] for row in rows(out)] == ["cold -> warm", "warm -> cold"]
-    assert f"0 of {ELEMENTS} differ, max 0" in rows(out)[0]
+    assert [(each["source"], each["target"]) for each in result["directions"]] == DIRECTIONS
+    for each in result["directions"]:
+        assert (each["pictures"], each["round_trip_differing"], each["round_trip_elements"]) == (2, 0, ELEMENTS)
+        assert "ssim_to_pair" not in each and "psnr_to_pair" not in each
+    assert "| cold -> warm (2) |" in out and "| warm -> cold (2) |" in out and "true pair" not in out
     names = ["cold_to_warm.png", "metrics.json", "report.md", "warm_to_cold.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert (folder / "report.md").read_text().splitlines()[-4:] == out.splitlines()[-5:-1]
@@ -69,11 +69,11 @@ def test_one_setting_is_a_list_of_one_with_sheets_and_without_a_column_for_it(re
 
 def test_strength_zero_leaves_the_pictures_to_the_autoencoder_alone(report, studio):
     figures, _, _ = report("--strength", "0", "--pairs")
-    assert 20 < figures["reconstruction_psnr"] < 60
-    for pair in figures["results"][0]["pairs"]:
+    assert 20 < figures["reconstruction_psnr"]["mean"] < 60
+    for pair in figures["results"][0]["directions"]:
         # what the codec costs: the structure stays as it is, and so does the style
-        assert pair["ssim_to_source"] > 0.7
-        assert pair["psnr_to_pair"] == pytest.approx(pair["source_psnr_to_pair"], abs=0.5)
+        assert pair["ssim_to_source"]["mean"] > 0.7
+        assert pair["psnr_to_pair"]["mean"] == pytest.approx(pair["psnr_to_pair_before"]["mean"], abs=0.5)
         names = ("000", "001")
         pictures = {
             style: np.stack([np.asarray(Image.open(studio / "raw_data" / style / f"{name}.png")) for name in names])
@@ -81,21 +81,21 @@ def test_strength_zero_leaves_the_pictures_to_the_autoencoder_alone(report, stud
         }
         gap = (pictures["cold"].astype(float) - pictures["warm"]) / 255
         by_hand = np.mean([-10 * np.log10(np.mean(each**2)) for each in gap])
-        assert pair["source_psnr_to_pair"] == pytest.approx(by_hand, abs=1e-3)
+        assert pair["psnr_to_pair_before"]["mean"] == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_a_method_without_a_way_back_has_no_round_trip_and_an_inexact_one_says_how_far_it_is_off(report):
     figures, out, _ = report("--sweep", "method=flowedit,euler,alf")
     assert chosen(figures, "method") == [("flowedit",), ("euler",), ("alf",)]
-    flowedit, euler, alf = (result["pairs"][0] for result in figures["results"])
-    assert (flowedit["round_trip_differing"], flowedit["round_trip_elements"]) == (None, 0)
+    flowedit, euler, alf = (result["directions"][0] for result in figures["results"])
+    assert "round_trip_differing" not in flowedit and "round_trip_differing" in euler
     assert 0 < euler["round_trip_differing"] <= ELEMENTS and euler["round_trip_max"] > 1e-4
     assert (alf["round_trip_differing"], alf["round_trip_max"]) == (0, 0)
-    off = sum(pair["round_trip_differing"] for pair in figures["results"][1]["pairs"])
+    off = sum(pair["round_trip_differing"] for pair in figures["results"][1]["directions"])
     expected = [["method flowedit", "none"], ["method euler", f"{off} differ"], ["method alf", "0 differ"]]
-    assert [[row[0], row[-1]] for row in rows(out)] == expected
+    assert [[row[1], row[-1]] for row in swept(out)] == expected
     _, out, _ = report("--set", "inference.method=flowedit")
-    assert [row[-1] for row in rows(out)] == ["none", "none"]
+    assert "the way back changes" not in out
 
 
 #################################################################################
@@ -107,21 +107,59 @@ def test_a_sweep_measures_every_combination_in_order_and_its_brackets_hold_toget
     figures, out, folder = report("--sweep", "cfg_scale=1,2", "cfg_interval=[0,1],[0,0.5]")
     expected = [(1.0, [0, 1]), (1.0, [0, 0.5]), (2.0, [0, 1]), (2.0, [0, 0.5])]
     assert chosen(figures, "cfg_scale", "cfg_interval") == expected
-    pairs = [result["pairs"] for result in figures["results"]]
+    pairs = [result["directions"] for result in figures["results"]]
     assert all([(pair["source"], pair["target"]) for pair in each] == DIRECTIONS for each in pairs)
     assert pairs[0] == pairs[1], "without guidance its interval means nothing"
-    ssims = [each[0]["ssim_to_source"] for each in pairs]
+    ssims = [each[0]["ssim_to_source"]["mean"] for each in pairs]
     assert ssims[2] < ssims[3] < ssims[0], "the more guidance, the less is left of the picture"
-    table = rows(out)
-    assert [row[0] for row in table] == [
-        f"cfg_scale {scale}, cfg_interval {(0.0, float(b))}" for scale, (_, b) in expected
-    ]
-    for row, each in zip(table, pairs, strict=True):  # the mean of both directions, and the lower one
-        for column, name in ((1, "style_success"), (2, "ssim_to_source")):
-            values = [pair[name] for pair in each]
-            assert row[column] == f"{sum(values) / 2:.3f}, {min(values):.3f}"
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "report.md"]
-    assert all(row[0] in (folder / "report.md").read_text() for row in table)
+    table = swept(out)
+    labels = [f"cfg_scale {scale}, cfg_interval {(0.0, float(b))}" for scale, (_, b) in expected]
+    assert [row[1] for row in table] == labels
+    points = []
+    for row, each in zip(table, pairs, strict=True):  # the mean of both directions
+        means = [sum(pair[name]["mean"] for pair in each) / 2 for name in ("style_success", "ssim_to_source")]
+        assert row[2:4] == [f"{mean:.3f}" for mean in means]
+        points.append(tuple(means))
+    assert [row[0] == "*" for row in table] == [number in front(points) for number in range(4)]
+    assert sorted(path.name for path in folder.iterdir()) == ["front.png", "metrics.json", "report.md"]
+    assert Image.open(folder / "front.png").width > 600
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(0.0, 1.0), (1.0, 0.0), (0.5, 0.5)], {0, 1, 2}),
+        ([(0.5, 0.5), (0.6, 0.5), (0.5, 0.6)], {1, 2}),
+        ([(0.5, 0.5), (0.5, 0.5), (0.4, 0.4)], {0, 1}),  # equals do not dominate each other
+        ([(0.9, 0.9), (0.1, 0.2), (0.9, 0.1)], {0}),
+    ],
+)
+def test_the_front_is_what_no_other_dominates(points, expected):
+    assert front(points) == expected
+
+
+def test_the_same_command_twice_gives_the_same_figures(report):
+    assert report("--pairs")[0] == report("--pairs")[0]
+
+
+def test_baselines_are_measured_with_the_same_ruler_and_named(report):
+    baseline = CHECKPOINT.replace("epoch4", "epoch2")
+    figures, out, _ = report("--baseline", baseline)
+    assert [result["name"] for result in figures["results"]] == [CHECKPOINT, baseline]
+    assert [row[1] for row in swept(out)] == [CHECKPOINT, baseline]
+    (alone,) = report()[0]["results"]
+    assert figures["results"][0] == alone
+
+
+def test_without_data_the_validation_split_is_measured(within, studio, tmp_path, monkeypatch):
+    monkeypatch.setattr(ruler, "train_style_classifier", functools.partial(train_style_classifier, steps=12))
+    flags = ("--checkpoint", CHECKPOINT, "--output", tmp_path / "r", "--set", "inference.num_steps=1")
+    status, _, err = within("evaluate", *flags)
+    assert status == 0, err
+    counts = json.loads((studio / "latents/meta.json").read_text())["counts"]
+    (result,) = json.loads((tmp_path / "r/metrics.json").read_text())["results"]
+    for each in result["directions"]:
+        assert each["pictures"] == counts[each["source"]]["val"]
 
 
 def test_a_swept_setting_has_the_figures_of_the_same_setting_alone(report):
@@ -137,14 +175,14 @@ def test_a_swept_value_goes_before_strength_and_set(report):
     flags = ("--strength", "0.25", "--set", "inference.cfg_scale=3")
     figures, out, _ = report("--sweep", "strength=0.5", "cfg_scale=1", *flags)
     assert chosen(figures, "strength", "cfg_scale", "num_steps") == [(0.5, 1.0, 2)]
-    assert rows(out)[0][0] == "cold -> warm", "one combination is one setting"
+    assert "| cold -> warm (2) |" in out, "one combination is one setting"
 
 
 def test_null_is_a_value_like_any_other(report):
     figures, out, _ = report("--sweep", "latent_clamp=null,0.5")
     assert chosen(figures, "latent_clamp") == [(None,), (0.5,)]
-    assert [row[0] for row in rows(out)] == ["latent_clamp None", "latent_clamp 0.5"]
-    assert figures["results"][0]["pairs"] != figures["results"][1]["pairs"]
+    assert [row[1] for row in swept(out)] == ["latent_clamp None", "latent_clamp 0.5"]
+    assert figures["results"][0]["directions"] != figures["results"][1]["directions"]
 
 
 @pytest.mark.parametrize(
@@ -201,4 +239,4 @@ def test_fixed_points_are_solved_for_in_float32_as_by_inference(report):
     flags = ("--set", "inference.method=euler", "--set", "inference.inversion=fixed_point")
     figures, _, _ = report(*flags, "--set", "inference.num_steps=8")
     # By inference.py --certify, at the tolerance of 1e-5: below 1e-4. BF16 stops at some 3e-3.
-    assert all(pair["round_trip_max"] < 3e-4 for pair in figures["results"][0]["pairs"])
+    assert all(pair["round_trip_max"] < 3e-4 for pair in figures["results"][0]["directions"])
