@@ -107,8 +107,13 @@ def restore(args: argparse.Namespace) -> int:
         start, picture = pipeline.undo(move(kept.end, pipeline.device), source, target, kept.how)
     certificate = Certificate()
     certificate.compare(move(kept.start, pipeline.device), start)
-    if not certificate.exact or digest(picture) != kept.original:
+    if not certificate.exact:
         print(f"{certificate.line(likely_cause(kept.how))}\nnothing was written")
+        return 3
+    if digest(picture) != kept.original:  # the structure came back, the leg from there to the picture did not
+        print(
+            f"certificate: NOT exact: other latents than the original's; {likely_cause(kept.how)}\nnothing was written"
+        )
         return 3
     images.save_picture(images.to_picture(pipeline.decode(picture.x, *kept.size)[0]), output)
     print(f"{kept.target} -> {kept.source}: back at the original's latents, written to {output}")

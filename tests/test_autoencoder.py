@@ -441,6 +441,16 @@ def test_a_pretrained_autoencoder_makes_the_same_picture_in_tiles(name, channels
     assert not torch.equal(rebuilt, whole)
 
 
+def test_tiles_of_the_default_size_are_beyond_what_the_small_autoencoder_sees():
+    pipeline, picture = vae_pipeline("taesd", tile=1024), smooth(1400)[..., :64, :]
+    latents = pipeline.encode(picture)
+    rebuilt = pipeline.decode(latents, 64, 1400)
+    pipeline.tile = None
+    whole = pipeline.encode(picture)
+    assert (latents - whole).abs().max() < 1e-4  # rounding; what a tile's edge does is hundreds of times that
+    assert psnr(rebuilt, pipeline.decode(whole, 64, 1400)).item() > 100
+
+
 def test_tiles_larger_than_the_picture_and_no_tiles_give_the_same_bits():
     picture, made = smooth(96), {}
     for tile in (None, 96, 1024):
