@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from base import Base
 from cli import UserError
 from config import Config, config_from_dict, config_to_dict
 from files import load_data, written_whole
 from latents import LatentSpec
 from model import IsoNext
 
-FORMAT = 1
+FORMAT = 2  # 1 was without the base, which was white noise
+BEST = "best.pt"  # of all validations, by the score of judge.py
 INTERRUPTED = "stage1_interrupted.pt"  # what Ctrl-C and SIGTERM leave, in the middle of an epoch
 
 
@@ -43,6 +45,7 @@ class Checkpoint:
 
     config: Config
     latents: LatentSpec
+    base: Base  # of the flow: where it starts
     step: int  # optimiser steps done
     epoch: int  # whole epochs done
     model: dict[str, Tensor]
@@ -51,7 +54,8 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         tree = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        tree |= {"format": FORMAT, "config": config_to_dict(self.config), "latents": dataclasses.asdict(self.latents)}
+        tree |= {"format": FORMAT, "config": config_to_dict(self.config)}
+        tree |= {name: dataclasses.asdict(getattr(self, name)) for name in ("latents", "base")}
         with written_whole(path) as beside:
             torch.save(tree, beside)
 
@@ -62,6 +66,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     names = {entry.name for entry in dataclasses.fields(Checkpoint)} | {"format"}
     if not isinstance(tree, dict) or "format" not in tree:
         raise UserError(f"{path}: not a checkpoint of train.py")
+    if tree["format"] == 1:
+        tree |= {"format": FORMAT, "base": {}}
+        tree["config"].setdefault("training", {})["anchor_strength"] = 0.0
     if tree["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {tree['format']}, this program reads {FORMAT}")
     if tree.keys() != names:
@@ -69,7 +76,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     tree.pop("format")
     tree["config"] = config_from_dict(tree["config"], where=str(path))
     try:
-        tree["latents"] = LatentSpec(**tree["latents"])
+        tree["latents"], tree["base"] = LatentSpec(**tree["latents"]), Base(**tree["base"])
     except TypeError as error:
         raise UserError(f"{path}: damaged ({error})") from None
     return Checkpoint(**tree)

@@ -107,6 +107,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for BF16; without them it is emulated, and far slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     """BF16 autocast for the network alone; the state of the flow, its path and its loss stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -56,8 +56,10 @@ class TrainingConfig:
     ema_decay: float = key(0.9995, "the averaged weights that are used for transfers", 0, 1)
     label_drop_prob: float = key(0.15, "labels replaced by the null style, so that it can guide", 0, 1)
     coupling: str = key("independent", "noise pairing; ot permutes noise inside a style", choices=("independent", "ot"))
+    anchor_strength: float = key(0.8, "how far x0's low band carries the picture's layout; 0 is white noise", 0, 1)
+    anchor_cells: int = key(2, "side in latent cells of the squares whose means are that low band", 1, 64)
     time_sampling: str = key("uniform", "how t is drawn", choices=("uniform", "logit_normal"))
-    use_amp: bool = key(True, "the network runs in BF16 (no loss scaling is needed)")
+    use_amp: bool = key(True, "the network runs in BF16, where the device has it (no loss scaling is needed)")
     tf32: bool = key(True, "TF32 for what stays float32 on CUDA")
     channels_last: bool = key(True, "NHWC memory: what depthwise and pointwise layers are fast in")
     compile: bool = key(True, "torch.compile; falls back with a warning where no compiler is found")
@@ -66,7 +68,7 @@ class TrainingConfig:
     log_every_steps: int = key(20, "a line in metrics.jsonl and TensorBoard", 1)
     save_every_epochs: int = key(10, "a checkpoint and a preview picture", 1)
     keep_checkpoints: int = key(5, "newest epoch checkpoints kept; 0 keeps all", 0)
-    val_every_epochs: int = key(5, "validation loss on fixed noise and times", 1)
+    val_every_epochs: int = key(5, "validation: the loss on fixed noise and times, figures of 32 transfers", 1)
     seed: int = key(0, "randomness is a function of (seed, step)", 0, 2**31)
 
 

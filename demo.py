@@ -20,7 +20,7 @@ from logbook import plot_losses
 from pipeline import load_pipeline, transfer_settings
 from preprocess_latents import preprocess, print_report
 from report import report_text, write_report
-from ruler import Ruler, load_styles
+from ruler import Ruler, encode_styles, load_styles
 from train import train
 
 
@@ -54,9 +54,8 @@ def main(args: argparse.Namespace) -> int:
     how = transfer_settings(config.inference)
     if config.training.compile:
         pipeline.compile()
-    styles, size = pipeline.spec.styles, pipeline.spec.image_size
-    known, held = (load_styles(root, styles, size) for root in (Path(config.data.raw_data_root), pictures / "test"))
-    ruler = Ruler(pipeline, known, held, pairs=True)
+    held = load_styles(pictures / "test", pipeline.spec.styles, pipeline.spec.image_size)
+    ruler = Ruler(pipeline, encode_styles(pipeline, Path(config.data.raw_data_root)), held, pairs=True)
     results = [ruler.measure(pipeline, how, checkpoints[-1].name)]
     sheets = write_report(ruler, results, output)
     plot_losses(Path(config.checkpoint.save_dir) / "metrics.jsonl", output / "losses.png")

@@ -12,28 +12,31 @@ import re
 from itertools import product
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from cli import UserError, add_device_flags, new_parser, pick_device, run
 from config import Config, apply_overrides, config_from_dict, config_to_dict
 from latents import open_store
+from perceptual import Perceptual
 from pipeline import Pipeline, load_pipeline, transfer_settings
 from report import report_text, write_report
-from ruler import Pictures, Ruler, load_styles
+from ruler import Pictures, Ruler, encode_styles, load_styles
 from transfers import TransferSettings
 
 
-def load_pictures(args: argparse.Namespace, config: Config, pipeline: Pipeline) -> tuple[Pictures, Pictures]:
-    """Training and test pictures: from folders, or by the split of the latent store that the checkpoint learnt from."""
+def load_pictures(args: argparse.Namespace, config: Config, pipeline: Pipeline) -> tuple[dict[str, Tensor], Pictures]:
+    """Training latents and test pictures: from folders, or by the split of the store that the checkpoint is of."""
     styles, size = pipeline.spec.styles, pipeline.spec.image_size
     root = args.train_data or Path(config.data.raw_data_root)
     if args.data:
-        return load_styles(root, styles, size), load_styles(args.data, styles, size, args.limit)
+        held = load_styles(args.data, styles, size, args.limit)
+        return encode_styles(pipeline, root), held
     split = open_store(Path(config.data.data_root)).split
     if not split["val"]:
         raise UserError(f"{config.data.data_root}: has no validation split; give held-out pictures with --data")
     known, held = (_by_style(split[part], styles) for part in ("train", "val"))
-    return load_styles(root, styles, size, None, known), load_styles(root, styles, size, args.limit, held)
+    return encode_styles(pipeline, root, known), load_styles(root, styles, size, args.limit, held)
 
 
 def _by_style(entries: list[str], styles: list[str]) -> dict[str, list[Path]]:
@@ -106,6 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=A,B",
         help="measure every combination, e.g. cfg_scale=1,1.5,2",
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="no certificate, cycle, FID, KID and LPIPS: a third of the work"
+    )
     parser.add_argument("--limit", type=int, help="at most this many test pictures a style")
     add_device_flags(parser)
     return parser
@@ -122,9 +128,10 @@ def main(args: argparse.Namespace) -> int:
     ]
     _, pipeline, trained = loaded[0]
     config = config_from_dict(apply_overrides(config_to_dict(trained), args.overrides), where="--set")
-    ruler = Ruler(pipeline, *load_pictures(args, config, pipeline), args.pairs)
+    perceptual = None if args.quick else Perceptual(pipeline.spec.image_size)
+    ruler = Ruler(pipeline, *load_pictures(args, config, pipeline), args.pairs, perceptual)
     results = [
-        ruler.measure(pipeline, how, name)
+        ruler.measure(pipeline, how, name, quick=args.quick)
         for name, pipeline, how in tqdm(runs, desc="evaluations", disable=len(runs) == 1 or None)
     ]
     pictures = write_report(ruler, results, args.output)

@@ -133,9 +133,9 @@ def move(state: LatticeState, device: torch.device) -> LatticeState:
 def open_pipeline(args: argparse.Namespace, kept: Structure | None = None, pictures: int = 1) -> tuple[Pipeline, dict]:
     """The pipeline in the precision asked for (that of a kept structure, if there is one), and its config as a tree."""
     pipeline, config = load_pipeline(args.checkpoint, pick_device(args.device))
-    pipeline.bf16 = kept.bits["precision"] == "bf16" if kept else config.training.use_amp
-    if args.precision != "auto":
-        pipeline.bf16 = args.precision == "bf16"
+    precision = kept.bits["precision"] if kept and args.precision == "auto" else args.precision
+    if precision != "auto":
+        pipeline.bf16 = precision == "bf16"
     allow_tf32(config.training.tf32)
     pipeline.tile = args.tile or None
     worth_it = kept.bits["compiled"] if kept else config.training.compile and pictures >= COMPILE_FROM
@@ -323,7 +323,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--size", type=int, help="resize to this short side first; by default nothing is resized")
     add("--batch_size", type=int, default=8, help="pictures at once, for a folder")
     add("--tile", type=int, default=1024, help="pixels: a VAE takes larger pictures in tiles; 0: never")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as trained")
+    add(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: as trained, BF16 where the device has it",
+    )
     add("--compile", choices=("auto", "on", "off"), default="auto", help=f"auto: from {COMPILE_FROM} pictures on")
     add("--compare", action="store_true", help="also write NAME_compare.png: before and after")
     add("--overwrite", action="store_true", help="make the results of a folder anew")

@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from base import Base, fit_base
 from cli import UserError
 from config import TrainingConfig
 from files import load_data, remove_unfinished, written_whole
@@ -242,7 +243,20 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
 
 
-def draw_batch(split: LatentSplit, training: TrainingConfig, step: int, null_style: int) -> Batch:
+def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
+    """The base that the config asks for, fitted to at most 512 pictures a style."""
+    cells = split.spec.image_size // split.spec.factor
+    if training.anchor_strength and training.anchor_cells > cells:
+        raise UserError(f"training.anchor_cells = {training.anchor_cells}: the latents have {cells} cells a side")
+
+    def some(style: int) -> Tensor:
+        index = (split.styles == style).nonzero().flatten()
+        return split.batch(index[:: -(-len(index) // 512)])[0]
+
+    return fit_base(some, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
+
+
+def draw_batch(split: LatentSplit, base: Base, training: TrainingConfig, step: int, null_style: int) -> Batch:
     """The whole batch of optimiser step `step`; each process then takes its share of it."""
     steps_per_epoch = len(split) // training.batch_size
     epoch, place = divmod(step, steps_per_epoch)
@@ -251,8 +265,8 @@ def draw_batch(split: LatentSplit, training: TrainingConfig, step: int, null_sty
     generator = seeded(training.seed, "batch", step)
     mirrored = torch.rand(len(index), generator=generator) < 0.5
     x1, style = split.batch(index, mirrored)
-    x0 = torch.randn(x1.shape, generator=generator)
+    noise = torch.randn(x1.shape, generator=generator)
     t = sample_time(len(index), training.time_sampling, generator)
     if training.coupling == "ot":
-        x0 = pair_noise(x0, x1, style)
-    return Batch(x0, x1, t, drop_labels(style, training.label_drop_prob, null_style, generator))
+        noise = pair_noise(noise, x1, style)
+    return Batch(base.x0(noise, x1, style), x1, t, drop_labels(style, training.label_drop_prob, null_style, generator))

@@ -18,6 +18,7 @@ class Logbook:
         kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
         with written_whole(self.path) as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.kept = kept
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
@@ -25,6 +26,10 @@ class Logbook:
             file.write(json.dumps({"step": step} | numbers) + "\n")
         for name, number in numbers.items():
             self.board.add_scalar(name, number, step)
+
+    def largest(self, name: str) -> float:
+        """Of what was logged before this run went on; 0 where there is nothing."""
+        return max((line[name] for line in self.kept if name in line), default=0.0)
 
     def close(self) -> None:
         self.board.close()

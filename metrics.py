@@ -152,7 +152,10 @@ def train_style_classifier(
     steps: int = 300,
     batch_size: int = 64,
 ) -> StyleClassifier:
-    """Train on random mirrored crops of 7/8 of the side, each style drawn equally often; deterministic on a CPU."""
+    """Train on random mirrored crops, each style drawn equally often; deterministic on a CPU.
+
+    Crops are of 7/8 of the side, but of no more than 96 pixels: a style shows in its texture, and time has an end.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -160,7 +163,7 @@ def train_style_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     weights = 1.0 / styles.bincount(minlength=num_styles)[styles].double()
-    crop = pixels.shape[-1] * 7 // 8
+    crop = min(96, pixels.shape[-1] * 7 // 8)
     for _ in range(steps):
         index = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         top, left = torch.randint(0, pixels.shape[-1] - crop + 1, (2,), generator=generator).tolist()
@@ -176,14 +179,15 @@ def train_style_classifier(
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 128, patches: int = 8192, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance of 7 x 7 colour patches, the mean over scales 1, 1/2 and 1/4.
+    """Sliced 2-Wasserstein distance of 7 x 7 colour patches, the mean over scales 1, 1/2 and 1/4 (where a patch fits).
 
     Rabin et al., "Wasserstein barycenter and its application to texture mixing", 2011; patches as in Karras et al.,
     arXiv:1710.10196, but not normalised, since colour is part of a style. In units of pixels in [-1, 1].
     """
     generator = torch.Generator().manual_seed(seed)
     distances = []
-    for scale in (1, 2, 4):
+    smallest = min(*a.shape[2:], *b.shape[2:])
+    for scale in (scale for scale in (1, 2, 4) if smallest // scale >= 7):
         small = [F.avg_pool2d(pixels, scale) for pixels in (a, b)]
         count = min(patches, *(len(each) * (each.shape[2] - 6) * (each.shape[3] - 6) for each in small))
         sets = [_random_patches(each, count, seed) for each in small]  # the same places in sets of one size

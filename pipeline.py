@@ -6,7 +6,7 @@ encode: pixels -> standardised latents;   transfer: latents -> latents;   decode
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import transfers
 from autoencoder import DctCodec, load_autoencoder, tiled
+from base import Base
 from checkpoint import load_checkpoint, load_model
-from cli import UserError, allow_tf32, autocast
+from cli import UserError, allow_tf32, autocast, has_bf16
 from config import Config, InferenceConfig
 from images import pad_to_multiple
 from latents import LatentSpec
@@ -32,8 +33,9 @@ class Pipeline:
     codec: nn.Module
     spec: LatentSpec
     device: torch.device
-    bf16: bool  # the network under BF16 autocast; as trained, unless changed
+    bf16: bool  # the network under BF16 autocast; as trained, where the device has it, unless changed
     path: Path | None = None  # of the checkpoint
+    base: Base = field(default_factory=Base)  # where the flow starts
     compiled: bool = False
     tile: int | None = None  # pixels: larger pictures go through the autoencoder in tiles of this side
 
@@ -43,6 +45,9 @@ class Pipeline:
 
     def embed(self, style: Tensor) -> Tensor:
         return self.model.embed(style)
+
+    def x0(self, noise: Tensor, x1: Tensor, style: Tensor) -> Tensor:
+        return self.base.x0(noise, x1, style)
 
     def __call__(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
         """The network as `flow.Field` wants it. One memory layout always: another would choose other kernels, and
@@ -167,7 +172,8 @@ def load_pipeline(path: str | Path, device: torch.device) -> tuple[Pipeline, Con
             f"{path}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
         )
     model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)
-    return Pipeline(model, codec, spec, device, checkpoint.config.training.use_amp, Path(path)), checkpoint.config
+    bf16 = checkpoint.config.training.use_amp and has_bf16(device)
+    return Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base), checkpoint.config
 
 
 def transfer_settings(config: InferenceConfig, strength: float = 1.0, seed: int = 0) -> TransferSettings:

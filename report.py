@@ -34,6 +34,9 @@ TABLES = {
         ("FLD (real pictures)", "fld", "fld_floor"),
         ("KLD (real pictures)", "kld", "kld_floor"),
         ("nearest training latent (real pictures)", "nearest", "nearest_held_out"),
+        ("FID", "fid", None),
+        ("KID", "kid", None),
+        ("LPIPS to the source", "lpips_to_source", None),
     ),
     "Conservation": (
         ("latent elements that the way back changes", "round_trip_differing", None),
@@ -56,6 +59,7 @@ def report_text(ruler: Ruler, results: list[Evaluation]) -> str:
     lines = [
         f"classifier accuracy on held-out pictures (ceiling of style success): {ruler.classifier_accuracy}",
         f"autoencoder alone (ceiling of every picture-level figure): {ruler.reconstruction_psnr} dB",
+        *(ruler.perceptual.missing if ruler.perceptual else ()),
         "",
     ]
     if len(results) > 1:
@@ -82,26 +86,32 @@ def _table(directions: list[Direction], columns: list[tuple[str, str, str | None
             _show(each.figures.get(figure)) + (f" ({_brief(each.figures.get(other))})" if other else "")
             for _, figure, other in columns
         ]
-        lines.append(f"| {each.source} -> {each.target} ({each.pictures}) | {' | '.join(cells)} |")
+        lines.append(f"| {each.source} -> {each.target} ({len(each.names)}) | {' | '.join(cells)} |")
     return lines
 
 
 def _sweep_table(results: list[Evaluation]) -> list[str]:
     columns = [column for column in SWEEP if results[0].mean(column[1]) is not None]
-    chosen = front([(each.mean("style_success"), each.mean("ssim_to_source")) for each in results])
+    chosen = front([_point(each) for each in results])
     lines = [
-        "Means over the directions; * is on the front: no other is better in style success and SSIM to source.",
+        "Means over all directions, intervals over pictures; * is on the front: no other is better in both style "
+        "success and SSIM to source.",
         "",
-        f"| | setting | {' | '.join(title for title, _ in columns)} | round trip |",
-        f"|{' --- |' * (3 + len(columns))}",
+        f"| | setting | {' | '.join(title for title, _ in columns)} | leakage | round trip |",
+        f"|{' --- |' * (4 + len(columns))}",
     ]
     for number, result in enumerate(results):
-        cells = " | ".join(f"{result.mean(figure):.3f}" for _, figure in columns)
+        cells = " | ".join(_show(result.mean(figure)) for _, figure in columns)
         differing = [each.figures.get("round_trip_differing") for each in result.directions]
-        trip = "none" if None in differing else f"{sum(differing)} differ"
+        trip = "-" if None in differing else f"{sum(differing)} differ"
         star = "*" if number in chosen else ""
-        lines.append(f"| {star} | {label(result, results)} | {cells} | {trip} |")
+        leakage = _show(result.base.get("leakage"))
+        lines.append(f"| {star} | {label(result, results)} | {cells} | {leakage} | {trip} |")
     return lines
+
+
+def _point(result: Evaluation) -> tuple[float, float]:
+    return result.mean("style_success").mean, result.mean("ssim_to_source").mean
 
 
 def label(result: Evaluation, among: list[Evaluation]) -> str:
@@ -126,13 +136,15 @@ def write_report(ruler: Ruler, results: list[Evaluation], folder: Path) -> list[
     tree = {
         "classifier_accuracy": asdict(ruler.classifier_accuracy),
         "reconstruction_psnr": asdict(ruler.reconstruction_psnr),
+        "not_measured": ruler.perceptual.missing if ruler.perceptual else [],
         "results": [
             {
                 "name": each.name,
                 "settings": asdict(each.settings),
+                "means": _plain({figure: each.mean(figure) for _, figure in SWEEP}),
                 "base": _plain(each.base),
                 "directions": [
-                    {"source": d.source, "target": d.target, "pictures": d.pictures} | _plain(d.figures)
+                    {"source": d.source, "target": d.target, "pictures": len(d.names)} | _plain(d.figures)
                     for d in each.directions
                 ],
             }
@@ -152,7 +164,7 @@ def write_report(ruler: Ruler, results: list[Evaluation], folder: Path) -> list[
 
 def save_sheet(direction: Direction, folder: Path, count: int = 8, across: int = 3) -> Path:
     """The best, the median and the worst pictures by structure score, a block of `count` each, best first."""
-    order = direction.scores.argsort(descending=True).tolist()
+    order = direction.values["ssim_to_source"].argsort(descending=True).tolist()
     middle = max(0, len(order) // 2 - count // 2)
     chosen = order
     if len(order) > across * count:
@@ -176,7 +188,7 @@ def plot_front(results: list[Evaluation], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [(each.mean("style_success"), each.mean("ssim_to_source")) for each in results]
+    points = [_point(each) for each in results]
     chosen = sorted(front(points), key=lambda number: points[number])
     figure, axes = pyplot.subplots(figsize=(9, 6))
     axes.plot(*zip(*(points[number] for number in chosen), strict=True), color="tab:red", linewidth=1, zorder=1)

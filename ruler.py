@@ -3,9 +3,11 @@
 A `Ruler` is made once from the training and the test pictures; it then measures any checkpoint and settings.
 """
 
-from collections.abc import Sequence
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from metrics import (
     ssim,
     train_style_classifier,
 )
+from perceptual import Perceptual
 from pipeline import Pipeline
 from solvers import LATTICE, LatticeState
 from structure import Certificate
@@ -39,6 +42,7 @@ from transfers import TransferSettings, latents_of
 
 LOSSLESS = 100.0  # dB: what equal pictures count for in a mean; JSON has no infinity
 BATCH = 32
+CLASSIFIED = 2**28  # colour values of the training pictures that the classifier learns from: 1 GB
 
 Pictures = dict[str, dict[str, Tensor]]  # style -> file name without suffix -> pixels (3, S, S)
 
@@ -49,10 +53,14 @@ class Direction:
 
     source: str
     target: str
-    pictures: int
-    figures: dict[str, Estimate | float | int]  # means over pictures carry an interval
+    names: list[str]  # of its N pictures
+    values: dict[str, Tensor | Estimate | float | int]  # tensors (N,) hold a value a picture
     rows: list[list[Tensor]]  # (source, transfer[, true pair]) of every picture
-    scores: Tensor  # (N,) SSIM to the source, by which a sheet picks best, median and worst
+
+    @functools.cached_property
+    def figures(self) -> dict[str, Estimate | float | int]:
+        """What is reported: a value a picture as its mean with an interval."""
+        return {name: bootstrap(each) if isinstance(each, Tensor) else each for name, each in self.values.items()}
 
 
 @dataclass
@@ -61,15 +69,35 @@ class Evaluation:
 
     name: str
     settings: TransferSettings
+    paired: bool  # pictures of one name are one picture in every style
     directions: list[Direction] = field(default_factory=list)
     base: dict[str, Estimate | float] = field(default_factory=dict)  # figures of x0, over all styles
 
-    def mean(self, figure: str) -> float | None:
-        """Over the directions; None where the figure was not measured."""
-        values = [each.figures.get(figure) for each in self.directions]
+    def mean(self, figure: str) -> Estimate | float | None:
+        """Over all directions; None where the figure was not measured.
+
+        A picture is transferred to several styles, and those transfers are not independent: where there is a value a
+        picture, the mean of each picture's own comes first, and the interval is over pictures.
+        """
+        values = [each.values.get(figure) for each in self.directions]
         if any(value is None for value in values):
             return None
-        return sum(value.mean if isinstance(value, Estimate) else value for value in values) / len(values)
+        if not all(isinstance(value, Tensor) for value in values):
+            return sum(value.mean if isinstance(value, Estimate) else value for value in values) / len(values)
+        by_picture = defaultdict(list)
+        for each, value in zip(self.directions, values, strict=True):
+            for name, number in zip(each.names, value.tolist(), strict=True):
+                by_picture[name if self.paired else (each.source, name)].append(number)
+        return bootstrap(torch.tensor([sum(each) / len(each) for each in by_picture.values()], dtype=torch.float64))
+
+
+@dataclass
+class _Transfers:
+    """What became of the pictures of one style on the way to another."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    cycles: list[Tensor] = field(default_factory=list)  # (B,) rms of a -> b -> a
+    trips: Certificate = field(default_factory=Certificate)
 
 
 def load_styles(
@@ -80,31 +108,59 @@ def load_styles(
     names: dict[str, list[Path]] | None = None,  # those of each style; all there are if None
 ) -> Pictures:
     """One folder a style; every style must be there, bad pictures are skipped."""
-    loaded: Pictures = {}
-    for style in styles:
-        loaded[style] = {}
-        for name in (names[style] if names else images.find_pictures(root / style))[:limit]:
-            try:
-                picture = images.square(images.open_picture(root / style / name), size)
-            except UserError as error:
-                print(f"skipped: {error}")
-                continue
-            loaded[style][name.with_suffix("").as_posix()] = images.to_pixels(images.to_bytes(picture))
-        if not loaded[style]:
-            raise UserError(f"{root / style}: no pictures of style {style}; --data needs a folder for each style")
-    return loaded
+    return {style: dict(_opened(root / style, size, limit, names and names[style])) for style in styles}
+
+
+def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] | None = None) -> dict[str, Tensor]:
+    """Style -> the standardised latents (N, C, h, w) of its pictures: as `load_styles`, but a batch at a time.
+
+    Training pictures may be more than memory holds; their latents are some fifty times smaller.
+    """
+    latents = {}
+    for style in pipeline.spec.styles:
+        pictures, parts = _opened(root / style, pipeline.spec.image_size, None, names and names[style]), []
+        while batch := [pixels for _, pixels in islice(pictures, BATCH)]:
+            parts.append(pipeline.encode(torch.stack(batch)).cpu())
+        latents[style] = torch.cat(parts)
+    return latents
+
+
+def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None) -> Iterator[tuple[str, Tensor]]:
+    none = True
+    for name in (images.find_pictures(folder) if names is None else names)[:limit]:
+        try:
+            picture = images.square(images.open_picture(folder / name), size)
+        except UserError as error:
+            print(f"skipped: {error}")
+            continue
+        none = False
+        yield name.with_suffix("").as_posix(), images.to_pixels(images.to_bytes(picture))
+    if none:
+        raise UserError(f"{folder}: no pictures of style {folder.name}; --data needs a folder for each style")
 
 
 class Ruler:
-    """Training and test pictures, a style classifier, and what the autoencoder alone loses."""
+    """Training latents and test pictures, a style classifier, and what the autoencoder alone loses."""
 
-    def __init__(self, pipeline: Pipeline, train: Pictures, test: Pictures, pairs: bool) -> None:
-        self.test, self.pairs, self.styles = test, pairs, pipeline.spec.styles
-        self.train_latents = {style: _encode(pipeline, _stack(train[style])) for style in self.styles}
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        train: dict[str, Tensor],  # style -> standardised latents (N, C, h, w), see `encode_styles`
+        test: Pictures,
+        pairs: bool,
+        perceptual: Perceptual | None = None,  # FID, KID and LPIPS, if wanted
+    ) -> None:
+        self.perceptual = perceptual
+        self.train_latents, self.test, self.pairs, self.styles = train, test, pairs, pipeline.spec.styles
+        for source, target in permutations(self.styles, 2):
+            if pairs and not test[source].keys() & test[target].keys():
+                raise UserError(f"--pairs: no file name of {source} is one of {target} as well")
         self.test_latents = {style: _encode(pipeline, _stack(test[style])) for style in self.styles}
         # The classifier sees pictures that went through the codec, so that its blur does not pass for a style.
         size = (pipeline.spec.image_size,) * 2
-        seen = [_decode(pipeline, self.train_latents[style], size) for style in self.styles]
+        most = max(16, CLASSIFIED // (3 * size[0] ** 2 * len(self.styles)))
+        some = [train[style][:: -(-len(train[style]) // most)] for style in self.styles]
+        seen = [_decode(pipeline, each, size) for each in some]
         labels = [torch.full((len(part),), number) for number, part in enumerate(seen)]
         self.classifier: StyleClassifier = train_style_classifier(torch.cat(seen), torch.cat(labels), len(seen))
         self.seen = dict(zip(self.styles, seen, strict=True))
@@ -120,57 +176,74 @@ class Ruler:
         how: TransferSettings,
         name: str,
         directions: list[tuple[str, str]] | None = None,  # all ordered pairs if None
+        quick: bool = False,  # no way back: neither the certificate nor the cycle, which are half of the work
         quiet: bool | None = None,
     ) -> Evaluation:
         """Transfer the test pictures of every style to every other and measure."""
-        result, structures = Evaluation(name, how), {}
+        result, structures = Evaluation(name, how, self.pairs), {}
         directions = directions or list(permutations(self.styles, 2))
-        for source, target in tqdm(directions, desc=name or "evaluating", unit="direction", disable=quiet):
-            direction, x0 = self._direction(pipeline, how, source, target)
-            result.directions.append(direction)
-            structures[source] = x0
+        with tqdm(total=len(directions), desc=name or "evaluating", unit="direction", disable=quiet) as bar:
+            for source in dict.fromkeys(source for source, _ in directions):
+                targets = [target for each, target in directions if each == source]
+                done, structures[source] = self._transfer(pipeline, how, source, targets, quick, bar)
+                size = (pipeline.spec.image_size,) * 2
+                for target, made in done.items():
+                    results = _decode(pipeline, torch.cat(made.latents), size)
+                    result.directions.append(self._direction(source, target, made, results))
         if len(structures) > 1 and all(x0 is not None and len(x0) >= 5 for x0 in structures.values()):
             result.base = base_figures(structures)
         return result
 
-    def _direction(
-        self, pipeline: Pipeline, how: TransferSettings, source: str, target: str
-    ) -> tuple[Direction, Tensor | None]:
-        """The figures of one direction, and the structures x0 (N, C, h, w) of its pictures (None for flowedit)."""
-        names = [name for name in self.test[source] if not self.pairs or name in self.test[target]]
-        if not names:
-            raise UserError(f"--pairs: no file name of {source} is one of {target} as well")
-        before = torch.stack([self.test[source][name] for name in names])
-        truth = torch.stack([self.test[target][name] for name in names]) if self.pairs else None
-        a, b = self.styles.index(source), self.styles.index(target)
-        latents, x0, cycles, trips = [], [], [], Certificate()
-        for part in before.split(BATCH):
-            x1 = pipeline.encode(part)
-            made = pipeline.transfer(x1, a, b, how)
-            latents.append(made.latents.cpu())
-            again = pipeline.transfer(made.latents, b, a, how).latents
-            cycles.append((again - x1).square().flatten(1).mean(1).sqrt().cpu())
-            if made.end is not None:
-                x0.append(latents_of(made.start).cpu())
-                trips.compare(LatticeState.at_picture(x1), pipeline.undo(made.end, a, b, how)[1])
-        latents = torch.cat(latents)
-        results = _decode(pipeline, latents, tuple(before.shape[-2:]))
-        scores = ssim(results, before)
-        figures = self._style(results, before, target) | self._structure(results, before, truth, scores)
-        figures |= self._distribution(latents, target)
-        figures["cycle"] = bootstrap(torch.cat(cycles))
-        if trips.elements:
-            figures |= {"round_trip_differing": trips.differing, "round_trip_elements": trips.elements}
-            figures["round_trip_max"] = trips.largest * LATTICE  # in deviations of the latents
-        columns = [before, results] + ([truth] if self.pairs else [])
-        rows = [list(row) for row in zip(*columns, strict=True)]
-        return Direction(source, target, len(names), figures, rows, scores), torch.cat(x0) if x0 else None
+    def _transfer(
+        self, pipeline: Pipeline, how: TransferSettings, source: str, targets: list[str], quick: bool, bar: tqdm
+    ) -> tuple[dict[str, _Transfers], Tensor | None]:
+        """All test pictures of a style to every target, and their structures x0 (N, C, h, w), None for flowedit.
 
-    def _style(self, results: Tensor, before: Tensor, target: str) -> dict[str, Estimate | float]:
+        A batch is inverted once for all targets.
+        """
+        a, done, structures = self.styles.index(source), {target: _Transfers() for target in targets}, []
+        batches = _stack(self.test[source]).split(BATCH)
+        for part in batches:
+            x1 = pipeline.encode(part)
+            inverted = None if how.method == "flowedit" else pipeline.invert(x1, a, how)
+            if inverted:
+                structures.append(latents_of(inverted.state).cpu())
+            for target, so_far in done.items():
+                b = self.styles.index(target)
+                made = pipeline.generate(inverted, a, b, how) if inverted else pipeline.transfer(x1, a, b, how)
+                so_far.latents.append(made.latents.cpu())
+                bar.update(1 / len(batches))
+                if quick:
+                    continue
+                again = pipeline.transfer(made.latents, b, a, how).latents
+                so_far.cycles.append((again - x1).square().flatten(1).mean(1).sqrt().cpu())
+                if inverted:
+                    so_far.trips.compare(LatticeState.at_picture(x1), pipeline.undo(made.end, a, b, how)[1])
+        return done, torch.cat(structures) if structures else None
+
+    def _direction(self, source: str, target: str, made: _Transfers, results: Tensor) -> Direction:
+        everything, partners = list(self.test[source]), self.test[target]
+        kept = [number for number, name in enumerate(everything) if not self.pairs or name in partners]
+        names, latents, results = [everything[number] for number in kept], torch.cat(made.latents)[kept], results[kept]
+        before = torch.stack([self.test[source][name] for name in names])
+        truth = torch.stack([partners[name] for name in names]) if self.pairs else None
+        values = self._style(results, before, target) | self._structure(results, before, truth)
+        values |= self._distribution(latents, target)
+        if self.perceptual:
+            values |= self.perceptual.figures(results, before, _stack(self.test[target]))
+        if made.cycles:
+            values["cycle"] = torch.cat(made.cycles)[kept]
+        if made.trips.elements:
+            values |= {"round_trip_differing": made.trips.differing, "round_trip_elements": made.trips.elements}
+            values["round_trip_max"] = made.trips.largest * LATTICE  # in deviations of the latents
+        columns = [before, results] + ([truth] if self.pairs else [])
+        return Direction(source, target, names, values, [list(row) for row in zip(*columns, strict=True)])
+
+    def _style(self, results: Tensor, before: Tensor, target: str) -> dict[str, Tensor | float]:
         number, real = self.styles.index(target), _stack(self.test[target])
         return {
-            "style_success": bootstrap(self.classifier.predict(results) == number),
-            "style_success_before": bootstrap(self.classifier.predict(before) == number),
+            "style_success": self.classifier.predict(results) == number,
+            "style_success_before": self.classifier.predict(before) == number,
             "swd": sliced_wasserstein(results, real),
             "swd_before": sliced_wasserstein(before, real),
             "swd_floor": sliced_wasserstein(self.seen[target], real),  # training against held-out pictures
@@ -178,36 +251,34 @@ class Ruler:
             "lab_before": lab_distance(before, real),
         }
 
-    def _structure(
-        self, results: Tensor, before: Tensor, truth: Tensor | None, scores: Tensor
-    ) -> dict[str, Estimate | float]:
-        figures = {
-            "ssim_to_source": bootstrap(scores),
-            "edge_f1_to_source": bootstrap(edge_f1(results, before)),
-            "self_similarity_to_source": bootstrap(self_similarity_distance(results, before)),
+    def _structure(self, results: Tensor, before: Tensor, truth: Tensor | None) -> dict[str, Tensor]:
+        values = {
+            "ssim_to_source": ssim(results, before),
+            "edge_f1_to_source": edge_f1(results, before),
+            "self_similarity_to_source": self_similarity_distance(results, before),
         }
         if truth is None:
-            return figures
+            return values
         for when, pictures in (("", results), ("_before", before)):
-            figures |= {
-                f"ssim_to_pair{when}": bootstrap(ssim(pictures, truth)),
-                f"edge_f1_to_pair{when}": bootstrap(edge_f1(pictures, truth)),
-                f"self_similarity_to_pair{when}": bootstrap(self_similarity_distance(pictures, truth)),
-                f"psnr_to_pair{when}": bootstrap(psnr(pictures, truth).clamp_max(LOSSLESS)),
-                f"retrieval{when}": bootstrap(retrieval(pictures, truth)),
+            values |= {
+                f"ssim_to_pair{when}": ssim(pictures, truth),
+                f"edge_f1_to_pair{when}": edge_f1(pictures, truth),
+                f"self_similarity_to_pair{when}": self_similarity_distance(pictures, truth),
+                f"psnr_to_pair{when}": psnr(pictures, truth).clamp_max(LOSSLESS),
+                f"retrieval{when}": retrieval(pictures, truth),
             }
-        return figures
+        return values
 
-    def _distribution(self, latents: Tensor, target: str) -> dict[str, Estimate | float]:
+    def _distribution(self, latents: Tensor, target: str) -> dict[str, Tensor | Estimate | float]:
         train, test = self.train_latents[target], self.test_latents[target]
         known, made, held = (latent_features(each) for each in (train, latents, test))
-        figures = {
-            "nearest": bootstrap(nearest_distance(latents, train)),
-            "nearest_held_out": bootstrap(nearest_distance(test, train)),
+        values = {
+            "nearest": nearest_distance(latents, train),
+            "nearest_held_out": nearest_distance(test, train),  # of the target's own pictures, not of the sources
         }
         if min(len(known), len(made), len(held)) < 2:  # one picture has no spread
-            return figures
-        return figures | {
+            return values
+        return values | {
             "fld": frechet_distance(made, known),
             "fld_floor": frechet_distance(held, known),
             "kld": kernel_estimate(made, known),

@@ -12,8 +12,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import images
 from autoencoder import load_autoencoder
 from checkpoint import (
+    BEST,
     EMA,
     INTERRUPTED,
     Checkpoint,
@@ -34,11 +34,12 @@ from checkpoint import (
     load_weights,
     newest_checkpoint,
 )
-from cli import UserError, allow_tf32, autocast, new_parser, run, stop_signals
+from cli import UserError, allow_tf32, autocast, has_bf16, new_parser, run, stop_signals
 from config import Config, TrainingConfig, load_config
 from files import remove_unfinished
 from flow import flow_loss
-from latents import Batch, draw_batch, load_split, open_store, seeded
+from judge import Judge, save_preview
+from latents import Batch, base_of, draw_batch, load_split, open_store, seeded
 from logbook import Logbook
 from model import count_parameters
 from pipeline import Pipeline, transfer_settings
@@ -72,12 +73,14 @@ class Trainer:
         many_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
         self.accelerator = Accelerator(cpu=many_on_cpu, mixed_precision="no")
         self.device = self.accelerator.device
+        self.bf16 = training.use_amp and has_bf16(self.device)
         allow_tf32(training.tf32)
         root = Path(config.data.data_root)
         meta = open_store(root)
         self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
         self.spec = meta.latents
         self._check_sizes()
+        self.base = base_of(self.train, training)
 
         torch.manual_seed(training.seed)
         layout = torch.channels_last if training.channels_last else torch.contiguous_format
@@ -85,6 +88,7 @@ class Trainer:
         self.ema = EMA(self.model, training.ema_decay)
         self.optimizer = make_optimizer(self.model, training)
         self.step = self.bad_steps = self.skipped = 0
+        self.judge: Judge | None = None  # made at the first validation
         self._load(resume)
         remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
         self.steps_per_epoch = len(self.train) // training.batch_size
@@ -106,7 +110,7 @@ class Trainer:
 
     def _load(self, resume: str | None) -> None:
         if resume is None:
-            if epoch_checkpoints(self.folder) or (self.folder / INTERRUPTED).exists():
+            if epoch_checkpoints(self.folder) or any((self.folder / name).exists() for name in (INTERRUPTED, BEST)):
                 raise UserError(
                     f"{self.folder}: holds the checkpoints of a run; go on with --resume, "
                     "or start another with --set checkpoint.save_dir=FOLDER"
@@ -117,15 +121,21 @@ class Trainer:
             self.accelerator.print(f"{self.folder}: no checkpoint yet, starting from the beginning")
             return
         path, checkpoint = found
-        was, now = checkpoint.config.training.batch_size, self.config.training.batch_size
-        if was != now:
-            raise UserError(f"{path}: was trained with training.batch_size {was}, not {now}: epochs would not line up")
+        for name, why in (
+            ("batch_size", "epochs would not line up"),
+            ("anchor_strength", "the network knows one base"),
+            ("anchor_cells", "the network knows one base"),
+        ):
+            was, now = getattr(checkpoint.config.training, name), getattr(self.config.training, name)
+            if was != now:
+                raise UserError(f"{path}: was trained with training.{name} {was}, not {now}: {why}")
         for name in ("autoencoder", "image_size", "styles"):
             was, now = getattr(checkpoint.latents, name), getattr(self.spec, name)
             if was != now:
                 raise UserError(f"{path}: was trained on latents of {name} {was}, the store has {now}")
         # The statistics stay those of the start: the network's units must not move under it.
         self.spec = self.train.spec = self.val.spec = checkpoint.latents
+        self.base = checkpoint.base
         load_weights(self.model, checkpoint.model, path)
         load_weights(self.ema.model, checkpoint.ema, path)
         options = [{key: group[key] for key in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
@@ -157,7 +167,7 @@ class Trainer:
     def _share(self, step: int) -> list[Batch]:
         """This process's share of the batch of `step`, cut into micro-batches."""
         training, accelerator = self.config.training, self.accelerator
-        batch = draw_batch(self.train, training, step, self.model.null_style)
+        batch = draw_batch(self.train, self.base, training, step, self.model.null_style)
         own = batch.part(slice(accelerator.process_index, None, accelerator.num_processes))
         size = min(training.micro_batch_size or len(own.t), len(own.t))
         parts = [own.part(slice(start, start + size)) for start in range(0, len(own.t), size)]
@@ -167,7 +177,7 @@ class Trainer:
         """(B,) the loss of each sample; only the network runs in BF16."""
 
         def in_bf16(x: Tensor, t: Tensor, style: Tensor) -> Tensor:
-            with autocast(self.device, self.config.training.use_amp):
+            with autocast(self.device, self.bf16):
                 return network(x, t, style)
 
         return flow_loss(in_bf16, batch.x0, batch.x1, batch.t, batch.style)
@@ -206,6 +216,7 @@ class Trainer:
         """Train to the last epoch, or until `stop()`; saves on the way and when stopped."""
         main = self.accelerator.is_main_process
         logbook = Logbook(self.folder, self.step) if main else None
+        self.best_score = logbook.largest("val_score") if logbook else 0.0
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=quiet if main else True)
         started, seen = time.perf_counter(), 0
         while self.step < self.total_steps and not self._any(stop()):
@@ -255,17 +266,38 @@ class Trainer:
         training = self.config.training
         last = self.step == self.total_steps
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or last):
-            logbook.write(self.step, self.validate())
+            numbers = self.validate() | self._judged()
+            logbook.write(self.step, numbers)
+            if numbers.get("val_score", 0) > self.best_score:
+                self.best_score = numbers["val_score"]
+                self.save(self.folder / BEST)
         if logbook and (epoch % training.save_every_epochs == 0 or last):
             self.save(self.folder / f"stage1_epoch{epoch}.pt")
             (self.folder / INTERRUPTED).unlink(missing_ok=True)
             for old in epoch_checkpoints(self.folder)[: -training.keep_checkpoints]:  # [:-0] is none
                 old.unlink()
-            try:
-                self._preview(epoch)
-            except (UserError, FloatingPointError) as error:  # a picture less is no reason to stop
-                print(f"warning: no preview: {error}")
+            with self._dispensable("preview"):
+                split, how = self.val if len(self.val) else self.train, transfer_settings(self.config.inference)
+                save_preview(self._pipeline(), split, how, self.folder / f"preview_epoch{epoch}.png")
         self.accelerator.wait_for_everyone()
+
+    def _judged(self) -> dict[str, float]:
+        """The figures of a handful of transfers; none where there are not the pictures for it."""
+        numbers = {}
+        if Judge.can_judge(self.val):
+            with self._dispensable("figures of transfers"):
+                how = transfer_settings(self.config.inference)
+                self.judge = self.judge or Judge(self._pipeline(), self.train, self.val, how)
+                numbers = self.judge()
+        return numbers
+
+    @contextmanager
+    def _dispensable(self, what: str) -> Iterator[None]:
+        """A picture or a figure less is no reason to stop a training run."""
+        try:
+            yield
+        except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
+            print(f"warning: no {what}: {str(error).splitlines()[0]}")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -278,7 +310,7 @@ class Trainer:
         for start in range(0, count, self.config.training.batch_size):
             part = slice(start, start + self.config.training.batch_size)
             x1, style = self.val.batch(chosen[part])
-            batch = Batch(noise[part], x1, times[part], style)
+            batch = Batch(self.base.x0(noise[part], x1, style), x1, times[part], style)
             total += self.losses(self.ema.model, batch.to(self.device, self.config.training.channels_last)).sum().item()
         return {"val_loss": total / count}
 
@@ -287,6 +319,7 @@ class Trainer:
         Checkpoint(
             config=self.config,
             latents=self.spec,
+            base=self.base,
             step=self.step,
             epoch=self.step // self.steps_per_epoch,
             model=self.model.state_dict(),
@@ -294,21 +327,9 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
         ).save(path)
 
-    def _preview(self, epoch: int) -> None:
-        """A sheet of fixed validation pictures, each transferred to every style."""
-        split = self.val if len(self.val) else self.train
-        chosen = torch.cat([(split.styles == style).nonzero().flatten()[:3] for style in range(len(self.spec.styles))])
+    def _pipeline(self) -> Pipeline:
         codec = load_autoencoder(self.spec.autoencoder, self.device)
-        pipeline = Pipeline(self.ema.model, codec, self.spec, self.device, self.config.training.use_amp)
-        latents, sources = split.batch(chosen)
-        size, how = self.spec.image_size, transfer_settings(self.config.inference)
-        columns = [pipeline.decode(latents.to(self.device), size, size)]
-        for target in range(len(self.spec.styles)):
-            made = pipeline.transfer(latents, sources.to(self.device), target, how)
-            columns.append(pipeline.decode(made.latents, size, size))
-        rows = [[images.to_picture(pixels) for pixels in row] for row in zip(*columns, strict=True)]
-        sheet = images.contact_sheet(rows, ["held-out picture", *(f"as {style}" for style in self.spec.styles)])
-        images.save_picture(sheet, self.folder / f"preview_epoch{epoch}.png")
+        return Pipeline(self.ema.model, codec, self.spec, self.device, self.bf16, base=self.base)
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -343,7 +364,7 @@ def train(config: Config, resume: str | None = None, quiet: bool | None = None) 
         trainer.accelerator.print(
             f"{count_parameters(trainer.model) / 1e6:.2f} M parameters, {len(trainer.train)} pictures in "
             f"{len(trainer.spec.styles)} styles ({', '.join(trainer.spec.styles)}), {len(trainer.val)} held out, "
-            f"{trainer.total_steps} steps on {trainer.device}"
+            f"{trainer.total_steps} steps on {trainer.device} in {'BF16' if trainer.bf16 else 'float32'}"
         )
         trainer.fit(stop, quiet)
     return trainer

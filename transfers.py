@@ -189,17 +189,19 @@ def _finished(latents: Tensor, how: TransferSettings) -> Tensor:
 def _flowedit(model: Model, x1: Tensor, source: Tensor, target: Tensor, how: TransferSettings) -> Transfer:
     """FlowEdit (Kulikov et al., arXiv:2412.08629, algorithm 1): the two styles' difference along noised pictures.
 
-    No inversion: z starts at the picture and moves by v_b(z + z_src - x1) - v_a(z_src), z_src = t x1 + (1 - t) eps, the
-    mean over `noise_samples` eps, which are the same for every picture and step. Equal styles change nothing.
+    No inversion: z starts at the picture and moves by v_b(z + z_src - x1) - v_a(z_src), z_src = t x1 + (1 - t) x0, the
+    mean over `noise_samples` x0 of the base, whose noise is the same for every picture and step. Equal styles change
+    nothing.
     """
     of_source, of_target = how.legs(model, source, target)
     generator = torch.Generator().manual_seed(how.seed)
     noises = torch.randn(how.noise_samples, 1, *x1.shape[1:], generator=generator).to(x1.device)
     z = x1
+    bases = [model.x0(noise.expand_as(x1), x1, source) for noise in noises]
     for a, b in pairwise(how.grid):
         change = torch.zeros_like(x1)
-        for noise in noises:
-            noisy = a * x1 + (1 - a) * noise
+        for x0 in bases:
+            noisy = a * x1 + (1 - a) * x0
             change += of_target(noisy + (z - x1), a) - of_source(noisy, a)
         z = z + (b - a) / len(noises) * change
     return Transfer(_finished(z, how), of_source.nfe + of_target.nfe, None, None)

@@ -182,7 +182,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20], help="a leg")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="to compare")
     parser.add_argument("--grids", nargs="+", default=GRIDS, metavar="KIND:SHIFT", help="time grids for alf")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as trained")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: as trained, BF16 where the device has it",
+    )
     add_device_flags(parser)
     return parser
 

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from base import Base
 from checkpoint import (
     EMA,
     INTERRUPTED,
@@ -17,6 +18,7 @@ from checkpoint import (
 from cli import UserError
 from latents import LatentSpec
 
+BASE = Base(0.8, 2, torch.ones(2, 12), torch.ones(2, 12), torch.ones(12, 2, 2))
 SPEC = LatentSpec("dct:f4c12", 12, 4, 16, ["ink", "oil"], mean=[0.5] * 12, std=[2.0] * 12)
 
 
@@ -35,7 +37,7 @@ def made(config) -> Checkpoint:
     (model(torch.randn(2, 12, 4, 4), torch.rand(2), torch.tensor([0, 2])) - 1).square().sum().backward()
     optimizer.step()
     ema.update(model, 0)
-    return Checkpoint(config, SPEC, 7, 3, model.state_dict(), ema.model.state_dict(), optimizer.state_dict())
+    return Checkpoint(config, SPEC, BASE, 7, 3, model.state_dict(), ema.model.state_dict(), optimizer.state_dict())
 
 
 def flat(tree, name: str = "") -> dict:
@@ -65,6 +67,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(made, tmp_path):
     assert (back.config, back.latents, back.step, back.epoch) == (made.config, made.latents, 7, 3)
     for part in ("model", "ema", "optimizer"):
         assert_same(getattr(back, part), getattr(made, part))
+    assert_same(dataclasses.asdict(back.base), dataclasses.asdict(BASE))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -73,7 +76,18 @@ def test_a_checkpoint_is_data_that_loads_with_weights_only(made, tmp_path):
     tree = torch.load(tmp_path / "a.pt", weights_only=True)
     assert tree["latents"] == dataclasses.asdict(SPEC)
     assert tree["config"]["model"]["hidden_dim"] == 16
-    assert (tree["format"], tree["step"], tree["epoch"]) == (1, 7, 3)
+    assert (tree["format"], tree["step"], tree["epoch"]) == (2, 7, 3)
+
+
+def test_a_checkpoint_of_the_first_format_starts_from_white_noise(made, tmp_path):
+    made.save(tmp_path / "a.pt")
+    tree = torch.load(tmp_path / "a.pt", weights_only=True)
+    del tree["base"]
+    del tree["config"]["training"]["anchor_strength"]
+    torch.save(tree | {"format": 1}, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert loaded.base.strength == loaded.config.training.anchor_strength == 0
+    assert_same(loaded.model, made.model)
 
 
 def test_the_network_of_a_checkpoint_is_the_averaged_one(made, tmp_path, cpu):
@@ -86,7 +100,7 @@ def test_the_network_of_a_checkpoint_is_the_averaged_one(made, tmp_path, cpu):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tree: tree.update(format=99), "checkpoint format 99, this program reads 1"),
+        (lambda tree: tree.update(format=99), "checkpoint format 99, this program reads 2"),
         (lambda tree: tree.pop("format"), "not a checkpoint of train.py"),
         (lambda tree: tree.pop("ema"), "entries missing or unknown: ema"),
         (lambda tree: tree.update(extra=1), "entries missing or unknown: extra"),

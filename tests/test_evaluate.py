@@ -54,7 +54,8 @@ def swept(out: str) -> list[list[str]]:
 
 def test_one_setting_is_a_list_of_one_with_sheets_and_without_a_column_for_it(report):
     figures, out, folder = report("--set", "inference.cfg_scale=2", "--strength", "0.5")
-    assert figures.keys() == {"classifier_accuracy", "reconstruction_psnr", "results"}
+    assert figures.keys() == {"classifier_accuracy", "reconstruction_psnr", "not_measured", "results"}
+    assert all(line in out for line in figures["not_measured"])
     assert chosen(figures, "method", "num_steps", "cfg_scale", "strength") == [("alf", 2, 2.0, 0.5)]
     (result,) = figures["results"]
     assert [(each["source"], each["target"]) for each in result["directions"]] == DIRECTIONS
@@ -92,7 +93,7 @@ def test_a_method_without_a_way_back_has_no_round_trip_and_an_inexact_one_says_h
     assert 0 < euler["round_trip_differing"] <= ELEMENTS and euler["round_trip_max"] > 1e-4
     assert (alf["round_trip_differing"], alf["round_trip_max"]) == (0, 0)
     off = sum(pair["round_trip_differing"] for pair in figures["results"][1]["directions"])
-    expected = [["method flowedit", "none"], ["method euler", f"{off} differ"], ["method alf", "0 differ"]]
+    expected = [["method flowedit", "-"], ["method euler", f"{off} differ"], ["method alf", "0 differ"]]
     assert [[row[1], row[-1]] for row in swept(out)] == expected
     _, out, _ = report("--set", "inference.method=flowedit")
     assert "the way back changes" not in out
@@ -118,7 +119,7 @@ def test_a_sweep_measures_every_combination_in_order_and_its_brackets_hold_toget
     points = []
     for row, each in zip(table, pairs, strict=True):  # the mean of both directions
         means = [sum(pair[name]["mean"] for pair in each) / 2 for name in ("style_success", "ssim_to_source")]
-        assert row[2:4] == [f"{mean:.3f}" for mean in means]
+        assert [cell.split(" [")[0] for cell in row[2:4]] == [f"{mean:.3f}" for mean in means]
         points.append(tuple(means))
     assert [row[0] == "*" for row in table] == [number in front(points) for number in range(4)]
     assert sorted(path.name for path in folder.iterdir()) == ["front.png", "metrics.json", "report.md"]
@@ -136,6 +137,40 @@ def test_a_sweep_measures_every_combination_in_order_and_its_brackets_hold_toget
 )
 def test_the_front_is_what_no_other_dominates(points, expected):
     assert front(points) == expected
+
+
+def test_means_over_directions_have_the_interval_of_resampled_pictures(report):
+    figures, out, _ = report("--sweep", "cfg_scale=1,2", "--limit", "6", "--quick")
+    for row, result in zip(swept(out), figures["results"], strict=True):
+        mean = result["means"]["ssim_to_source"]
+        assert row[3] == f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
+        each = [pair["ssim_to_source"] for pair in result["directions"]]
+        assert mean["mean"] == pytest.approx(sum(one["mean"] for one in each) / 2)
+        # 12 pictures instead of 6: the interval is narrower than the wider one, and holds the mean
+        assert mean["low"] < mean["mean"] < mean["high"]
+        assert mean["high"] - mean["low"] < max(one["high"] - one["low"] for one in each)
+
+
+def test_quick_leaves_out_the_ways_back_and_changes_no_other_figure(report):
+    quick, whole = (report("--pairs", *flags)[0]["results"][0] for flags in (["--quick"], []))
+    assert quick["base"] == whole["base"] and quick["means"] == whole["means"]
+    ways_back = {"cycle", "round_trip_differing", "round_trip_elements", "round_trip_max"}
+    for short, long in zip(quick["directions"], whole["directions"], strict=True):
+        assert long.keys() - short.keys() == ways_back
+        assert all(short[name] == long[name] for name in short)
+
+
+def test_pairs_without_a_partner_are_left_out_of_a_direction_only(report, studio, tmp_path):
+    for style, names in (("cold", ("000", "001", "002")), ("warm", ("001", "002", "003", "004"))):
+        (tmp_path / "some" / style).mkdir(parents=True)
+        for name in names:
+            (tmp_path / f"some/{style}/{name}.png").write_bytes((studio / f"raw_data/{style}/{name}.png").read_bytes())
+    flags = ("--data", tmp_path / "some", "--limit", "9", "--quick")
+    every, paired = (report(*flags, *more)[0]["results"][0]["directions"] for more in ([], ["--pairs"]))
+    assert [pair["pictures"] for pair in every] == [3, 4] and [pair["pictures"] for pair in paired] == [2, 2]
+    (tmp_path / "some/cold/001.png").unlink()
+    (tmp_path / "some/cold/002.png").unlink()
+    refused(report(*flags, "--pairs", raw=True), "--pairs", "cold", "warm")
 
 
 def test_the_same_command_twice_gives_the_same_figures(report):

@@ -281,11 +281,8 @@ def test_a_structure_of_a_stored_latent_and_of_a_resized_picture_is_kept_as_well
 def kept(infer, tmp_path) -> Path:
     """A structure file of PICTURE on its way to `warm`, and nothing else in the folder."""
     path = tmp_path / "kept.safetensors"
-    made(
-        infer(
-            *TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", "--num_steps", "2", "--save_structure", path
-        )
-    )
+    flags = ("--num_steps", "2", "--precision", "bf16", "--save_structure", path)
+    made(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", *flags))
     (tmp_path / "a.png").unlink()
     return path
 

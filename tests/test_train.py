@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -10,17 +12,26 @@ import torch
 from PIL import Image
 
 import latents
+import ruler
 import train
+from base import Base, low_band
 from checkpoint import INTERRUPTED, epoch_checkpoints, load_checkpoint
 from cli import UserError
 from config import TrainingConfig
 from latents import LatentSpec, LatentSplit
 from logbook import read_metrics
+from metrics import train_style_classifier
 from preprocess_latents import preprocess
 from train import Trainer, draw_batch, learning_rate
 
 FOUR_EPOCHS = {"training.stage1_epochs": 4}
 NO_FILES = {"training.save_every_epochs": 100}
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch):
+    """How sure the judge of validations is matters in none of these tests."""
+    monkeypatch.setattr(ruler, "train_style_classifier", functools.partial(train_style_classifier, steps=12))
 
 
 @pytest.fixture
@@ -49,6 +60,47 @@ def assert_same(one, other, name: str = "") -> None:
             assert_same(a, b, f"{name}/{number}")
     else:
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
+
+
+#################################################################################
+#                                    The base                                   #
+#################################################################################
+
+ANCHORED = {"training.anchor_strength": 0.8, "training.anchor_cells": 2}
+
+
+def test_an_anchored_run_draws_x0_from_the_base_of_its_training_pictures_and_saves_it(config, store):
+    trainer = Trainer(config(ANCHORED | {"training.stage1_epochs": 1}))
+    batch = draw_batch(trainer.train, trainer.base, trainer.config.training, 0, null_style=2)
+    plain = draw_batch(trainer.train, Base(), trainer.config.training, 0, null_style=2)
+    assert torch.equal(batch.x1, plain.x1) and torch.equal(batch.t, plain.t) and torch.equal(batch.style, plain.style)
+    labels = trainer.train.styles[latents.epoch_order(0, 0, len(trainer.train))[: len(batch.t)]]
+    assert torch.equal(batch.x0, trainer.base.x0(plain.x0, batch.x1, labels))  # dropped labels keep their structure
+    for style in range(2):
+        low = low_band(trainer.train.batch((trainer.train.styles == style).nonzero().flatten())[0], 2)
+        torch.testing.assert_close(trainer.base.mean[style], low.mean((0, 2, 3)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(trainer.base.deviation[style], low.std((0, 2, 3), correction=0), atol=1e-5, rtol=0)
+    trainer.fit(quiet=True)
+    saved = load_checkpoint(store / "run" / "stage1_epoch1.pt").base
+    assert_same(dataclasses.asdict(saved), dataclasses.asdict(trainer.base))
+
+
+def test_a_run_without_an_anchor_draws_white_noise(config):
+    trainer = Trainer(config({"training.anchor_strength": 0.0}))
+    assert trainer.base.strength == 0
+    assert abs(draw_batch(trainer.train, trainer.base, trainer.config.training, 0, 2).x0.var() - 1) < 0.2
+
+
+def test_squares_larger_than_the_latents_are_refused(config):
+    with pytest.raises(UserError, match=r"anchor_cells = 5: the latents have 4 cells"):
+        Trainer(config({"training.anchor_strength": 0.5, "training.anchor_cells": 5}))
+
+
+@pytest.mark.parametrize(("key", "value"), [("batch_size", 3), ("anchor_strength", 0.3), ("anchor_cells", 1)])
+def test_what_a_resumed_run_may_not_change_is_refused_by_name(config, key, value):
+    Trainer(config(ANCHORED | {"training.stage1_epochs": 1})).fit(quiet=True)
+    with pytest.raises(UserError, match=rf"training\.{key} .* not {value}"):
+        Trainer(config(ANCHORED | {f"training.{key}": value}), "newest")
 
 
 #################################################################################
@@ -104,7 +156,7 @@ def numbered_split(count: int) -> LatentSplit:
 
 def drawn(count: int, batch: int, steps, **options) -> list[train.Batch]:
     training = TrainingConfig(batch_size=batch, **options)
-    return [draw_batch(numbered_split(count), training, step, null_style=3) for step in steps]
+    return [draw_batch(numbered_split(count), Base(), training, step, null_style=3) for step in steps]
 
 
 def fields(batch: train.Batch) -> tuple:

@@ -14,6 +14,13 @@ from solvers import LATTICE, ONE_STEP_METHODS, LatticeState, from_lattice, to_la
 from transfers import TransferSettings, generate, invert, keep_structure, latents_of, transfer, undo
 
 quick = settings(deadline=None, max_examples=25)
+
+
+def white(self, noise, x1, style):
+    """The base of these models."""
+    return noise
+
+
 SOLVED = [(method, "fixed_point") for method in ONE_STEP_METHODS]
 WITH_LEGS = [("alf", "explicit"), *((method, "explicit") for method in ONE_STEP_METHODS), *SOLVED]
 
@@ -67,6 +74,7 @@ class Hyperbolas:
     """x' = -2 t k x^2, one k a style: 1 / x grows by k (b^2 - a^2) from a to b, so that every transfer is known."""
 
     null_style = 2
+    x0 = white
     k = torch.tensor([0.5, 1.0, 0.25])
 
     def __call__(self, x, t, style):
@@ -296,6 +304,7 @@ class Counted:
     """A model that counts the rows it is given: for one picture, its network evaluations."""
 
     null_style = 3
+    x0 = white
 
     def __init__(self, model):
         self.model, self.rows = model, 0
@@ -350,6 +359,7 @@ class Drift:
     """v = the style's own number, everywhere: a transfer moves by strength * (target - source)."""
 
     null_style = 3
+    x0 = white
     speed = torch.tensor([1.0, -2.0, 0.5, 4.0])
 
     def __call__(self, x, t, style):
@@ -510,7 +520,15 @@ def test_flowedit_between_two_drifts_moves_by_their_difference_times_the_strengt
     assert made.end is None
 
 
-def test_flowedit_is_the_formula_of_its_paper_step_by_step_in_float64():
+class Tied(Hyperbolas):
+    """A base that depends on the picture and its style."""
+
+    def x0(self, noise, x1, style):
+        return 0.5 * noise + 0.25 * x1 + style.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("model", "of_noise", "of_x1"), [(Hyperbolas(), 1.0, 0.0), (Tied(), 0.5, 0.25)])
+def test_flowedit_is_the_formula_of_its_paper_step_by_step_in_float64(model, of_noise, of_x1):
     x1, scale = 0.5 * torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(3)), 1.5
     how = TransferSettings("flowedit", 3, 0.75, scale, "null", time_grid="cosine", noise_samples=2, seed=11)
     noises = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(11)).double()
@@ -519,12 +537,12 @@ def test_flowedit_is_the_formula_of_its_paper_step_by_step_in_float64():
     for a, b in pairwise(times):
         moved = torch.zeros_like(edited)
         for noise in noises:
-            source = (1 - a) * noise + a * x1.double()
+            source = (1 - a) * (of_noise * noise + of_x1 * x1.double()) + a * x1.double()
             target = edited + source - x1.double()
             k = 1.0 + (scale - 1) * (1.0 - 0.25)
             moved += (-2 * a * k * target**2 + 2 * a * 0.5 * source**2) / 2
         edited = edited + (b - a) * moved
-    made = transfer(Hyperbolas(), x1, torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64), how)
+    made = transfer(model, x1, torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64), how)
     # squares of values up to 4 in float32, over some ten operations a step
     assert (made.latents - edited).abs().max() < 2e-5
     assert (edited - x1).abs().max() > 0.1
@@ -581,6 +599,7 @@ class Broken:
     """One value of one picture is `bad`, under the styles given."""
 
     null_style = 3
+    x0 = white
 
     def __init__(self, bad, styles):
         self.bad, self.styles = bad, torch.tensor(styles)
