@@ -44,19 +44,28 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def load_data(path: str | Path, what: str) -> Any:
-    """`torch.load` that runs no code from the file; `what` names the kind of file in the error."""
+    """`torch.load` that runs no code from the file and checks its checksums; `what` names the file's kind in errors.
+
+    torch writes a CRC-32 of every part, but does not look at it when reading: a flipped bit would become a weight.
+    """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, not a {what}")
     if not path.exists():
         raise UserError(f"{path}: no such {what}")
-    if not zipfile.is_zipfile(path):  # torch's format; false for a file that was cut off, too
-        raise UserError(f"{path}: damaged, or not a {what}")
     try:
+        if not zipfile.is_zipfile(path):  # torch's format; false for a file that was cut off, too
+            raise UserError(f"{path}: damaged, or not a {what}")
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise UserError(f"{path}: damaged: the checksum of its part {broken} does not match")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a {what}: it holds more than plain data, and was not run") from None
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # in a damaged file zipfile, pickle and torch may stumble over anything
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise UserError(f"{path}: damaged, or not a {what} ({reason})") from None
 

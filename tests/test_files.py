@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli import UserError
@@ -109,6 +109,34 @@ def test_a_truncated_file_is_one_line_with_its_path(tmp_path, kept):
         load_data(path, "checkpoint")
     assert str(caught.value).startswith(f"{path}: ") and "checkpoint" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_in_a_weight_is_named(tmp_path):
+    path = tmp_path / "flipped.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(bytes(1000)) + 500] ^= 1  # torch itself would load this
+    path.write_bytes(damaged)
+    assert torch.load(path, weights_only=True)["a"].any()
+    with pytest.raises(UserError, match=r"flipped\.pt: damaged: the checksum of its part .*data/0 does not match"):
+        load_data(path, "checkpoint")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_no_flipped_bit_loads_as_other_data(tmp_path, place, bit):
+    path = tmp_path / "flipped.pt"
+    content = {"a": torch.arange(40.0), "b": [1, 2.5, "x"]}
+    torch.save(content, path)
+    damaged = bytearray(path.read_bytes())
+    damaged[int(place * len(damaged))] ^= 1 << bit
+    path.write_bytes(damaged)
+    try:
+        loaded = load_data(path, "checkpoint")
+    except UserError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    else:
+        assert torch.equal(loaded["a"], content["a"]) and loaded["b"] == content["b"]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is a text\n", b"\x89PNG\r\n\x1a\n" + bytes(50)])
