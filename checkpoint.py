@@ -17,7 +17,7 @@ from files import load_data, written_whole
 from latents import LatentSpec
 from model import IsoNext
 
-FORMAT = 2  # 1 was without the base, which was white noise
+FORMAT = 2  # 1 was without base (white noise), store and guard
 BEST = "best.pt"  # of all validations, by the score of judge.py
 INTERRUPTED = "stage1_interrupted.pt"  # what Ctrl-C and SIGTERM leave, in the middle of an epoch
 
@@ -46,6 +46,8 @@ class Checkpoint:
     config: Config
     latents: LatentSpec
     base: Base  # of the flow: where it starts
+    store: str  # digest of the training pictures' names
+    guard: dict  # the record of guard.py
     step: int  # optimiser steps done
     epoch: int  # whole epochs done
     model: dict[str, Tensor]
@@ -67,7 +69,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(tree, dict) or "format" not in tree:
         raise UserError(f"{path}: not a checkpoint of train.py")
     if tree["format"] == 1:
-        tree |= {"format": FORMAT, "base": {}}
+        tree |= {"format": FORMAT, "base": {}, "store": "", "guard": {}}
         tree["config"].setdefault("training", {})["anchor_strength"] = 0.0
     if tree["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {tree['format']}, this program reads {FORMAT}")

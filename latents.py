@@ -163,6 +163,11 @@ class LatentSplit:
     def __len__(self) -> int:
         return len(self.styles)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of what is drawn from: the pictures' names, and whether there are mirrored copies."""
+        return hashlib.sha256(repr((len(self.latents), self.names)).encode()).hexdigest()
+
     def batch(self, index: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Standardised latents (B, C, h, w) and styles (B,) of the pictures `index` (B,); mirrored (B,) bool."""
         copy = torch.zeros_like(index) if mirrored is None or len(self.latents) == 1 else mirrored.long()

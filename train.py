@@ -35,25 +35,17 @@ from checkpoint import (
     newest_checkpoint,
 )
 from cli import UserError, allow_tf32, autocast, has_bf16, new_parser, run, stop_signals
-from config import Config, TrainingConfig, load_config
+from config import Config, load_config
 from files import remove_unfinished
 from flow import flow_loss
+from guard import Guard
 from judge import Judge, save_preview
 from latents import Batch, base_of, draw_batch, load_split, open_store, seeded
 from logbook import Logbook
 from model import count_parameters
+from optimizer import learning_rate, make_optimizer
 from pipeline import Pipeline, transfer_settings
-
-
-def learning_rate(training: TrainingConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up, then half a cosine that would reach zero one step after the last, or constant."""
-    if step < training.warmup_steps:
-        return training.learning_rate * (step + 1) / training.warmup_steps
-    if training.lr_schedule == "constant":
-        return training.learning_rate
-    done = (step - training.warmup_steps) / max(1, total_steps - training.warmup_steps)
-    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
+from resume import check_resume, in_units_of, take_over
 
 #################################################################################
 #                                    The run                                    #
@@ -63,10 +55,8 @@ def learning_rate(training: TrainingConfig, step: int, total_steps: int) -> floa
 class Trainer:
     """One training run: network, averaged network, optimizer, data, and where it stands."""
 
-    MAX_BAD_STEPS = 20  # non-finite steps in a row before the run stops
-
-    def __init__(self, config: Config, resume: str | None = None) -> None:
-        """`resume` is None for a new run, "newest", or the path of a checkpoint."""
+    def __init__(self, config: Config, resume: str | None = None, init: str | None = None) -> None:
+        """`resume`: None for a new run, "newest", or a checkpoint's path; `init`: that of one whose weights to take."""
         self.config, training = config, config.training
         self.folder = Path(config.checkpoint.save_dir)
         # Autocast wraps the network alone, see `losses`; without GPUs accelerate must be told of several processes.
@@ -78,7 +68,8 @@ class Trainer:
         root = Path(config.data.data_root)
         meta = open_store(root)
         self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
-        self.spec = meta.latents
+        other = load_checkpoint(init) if init else None
+        self.spec = self.train.spec = self.val.spec = in_units_of(meta.latents, other, init)
         self._check_sizes()
         self.base = base_of(self.train, training)
 
@@ -87,9 +78,12 @@ class Trainer:
         self.model = build_model(config, self.spec).to(self.device, memory_format=layout)
         self.ema = EMA(self.model, training.ema_decay)
         self.optimizer = make_optimizer(self.model, training)
-        self.step = self.bad_steps = self.skipped = 0
+        self.step, self.guard = 0, Guard()
+        self.clipped = 0  # steps since the last line of the log
         self.judge: Judge | None = None  # made at the first validation
-        self._load(resume)
+        self._start(resume)
+        if other:
+            self.accelerator.print(take_over((self.model, self.ema.model), other, init, self.spec))
         remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
         self.steps_per_epoch = len(self.train) // training.batch_size
         self.total_steps = training.stage1_epochs * self.steps_per_epoch
@@ -108,7 +102,8 @@ class Trainer:
         if batch % world:
             raise UserError(f"training.batch_size = {batch} cannot be shared by {world} processes evenly")
 
-    def _load(self, resume: str | None) -> None:
+    def _start(self, resume: str | None) -> None:
+        """From the beginning, or where a checkpoint of this run stands."""
         if resume is None:
             if epoch_checkpoints(self.folder) or any((self.folder / name).exists() for name in (INTERRUPTED, BEST)):
                 raise UserError(
@@ -121,18 +116,8 @@ class Trainer:
             self.accelerator.print(f"{self.folder}: no checkpoint yet, starting from the beginning")
             return
         path, checkpoint = found
-        for name, why in (
-            ("batch_size", "epochs would not line up"),
-            ("anchor_strength", "the network knows one base"),
-            ("anchor_cells", "the network knows one base"),
-        ):
-            was, now = getattr(checkpoint.config.training, name), getattr(self.config.training, name)
-            if was != now:
-                raise UserError(f"{path}: was trained with training.{name} {was}, not {now}: {why}")
-        for name in ("autoencoder", "image_size", "styles"):
-            was, now = getattr(checkpoint.latents, name), getattr(self.spec, name)
-            if was != now:
-                raise UserError(f"{path}: was trained on latents of {name} {was}, the store has {now}")
+        for line in check_resume(checkpoint, path, self.config, self.spec, self.train.digest):
+            self.accelerator.print(line)
         # The statistics stay those of the start: the network's units must not move under it.
         self.spec = self.train.spec = self.val.spec = checkpoint.latents
         self.base = checkpoint.base
@@ -142,7 +127,7 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         for group, now in zip(self.optimizer.param_groups, options, strict=True):
             group.update(now)  # what the config says now, not what it said then
-        self.step = checkpoint.step
+        self.step, self.guard = checkpoint.step, Guard(checkpoint.guard)
         self.accelerator.print(f"resumed from {path} at step {self.step}")
 
     def _compile(self) -> None:
@@ -183,7 +168,7 @@ class Trainer:
         return flow_loss(in_bf16, batch.x0, batch.x1, batch.t, batch.style)
 
     def train_step(self) -> float:
-        """One optimiser step; returns the gradient's norm before clipping. A non-finite one changes nothing."""
+        """One optimiser step; returns the gradient's norm before clipping. What the guard refuses changes nothing."""
         training = self.config.training
         parts = self._share(self.step)
         size = sum(len(part.t) for part in parts)
@@ -195,14 +180,13 @@ class Trainer:
             self.quarter_sums[0].index_add_(0, quarter, losses.detach())
             self.quarter_sums[1].index_add_(0, quarter, torch.ones_like(losses))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip or math.inf).item()
-        if math.isfinite(norm):
+        if self.guard.passes(norm):
+            self.clipped += 0 < training.grad_clip < norm
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(training, self.step, self.total_steps)
             self.optimizer.step()
             self.ema.update(self.model, self.step)
-            self.bad_steps = 0
         else:
-            self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
             self.quarter_sums.zero_()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -223,11 +207,8 @@ class Trainer:
             norm = self.train_step()
             seen += self.config.training.batch_size
             bar.update()
-            if self.bad_steps >= self.MAX_BAD_STEPS:
-                raise UserError(
-                    f"the loss was not finite {self.bad_steps} times in a row at step {self.step}; resume from the "
-                    "last checkpoint with a lower --set training.learning_rate or with --set training.use_amp=false"
-                )
+            if self.guard.has_given_up:
+                raise UserError(self._diverged())
             if self.step % self.config.training.log_every_steps == 0:
                 numbers = self._numbers(norm, seen / (time.perf_counter() - started))
                 bar.set_postfix(loss=f"{numbers.get('loss', math.nan):.4f}", refresh=False)
@@ -245,6 +226,14 @@ class Trainer:
         if logbook:
             logbook.close()
 
+    def _diverged(self) -> str:
+        good = epoch_checkpoints(self.folder)
+        return (
+            f"the gradient was not finite, or leapt, in {self.guard.in_a_row} steps in a row up to step {self.step}; "
+            f"the last good checkpoint is {good[-1] if good else 'none'}: resume from it with a lower "
+            "--set training.learning_rate or with --set training.use_amp=false"
+        )
+
     def _any(self, flag: bool) -> bool:
         """Whether any process says so: a signal may reach one of them a step before the others."""
         if self.accelerator.num_processes == 1:
@@ -259,7 +248,9 @@ class Trainer:
         numbers |= {f"loss_t{q}": sums[q] / counts[q] for q in range(4) if counts[q]}
         rate_now = learning_rate(self.config.training, self.step - 1, self.total_steps)
         numbers |= {"epoch": self.step / self.steps_per_epoch, "lr": rate_now, "samples_per_s": rate}
-        numbers |= {"memory_gb": peak_memory_gb(self.device), "skipped_steps": self.skipped}
+        numbers |= {"memory_gb": peak_memory_gb(self.device), "skipped_steps": self.guard.skipped}
+        numbers["clipped"] = self.clipped / self.config.training.log_every_steps
+        self.clipped = 0
         return numbers | ({"grad_norm": norm} if math.isfinite(norm) else {})
 
     def _end_epoch(self, epoch: int, logbook: Logbook | None) -> None:
@@ -320,6 +311,8 @@ class Trainer:
             config=self.config,
             latents=self.spec,
             base=self.base,
+            store=self.train.digest,
+            guard=self.guard.record,
             step=self.step,
             epoch=self.step // self.steps_per_epoch,
             model=self.model.state_dict(),
@@ -330,19 +323,6 @@ class Trainer:
     def _pipeline(self) -> Pipeline:
         codec = load_autoencoder(self.spec.autoencoder, self.device)
         return Pipeline(self.ema.model, codec, self.spec, self.device, self.bf16, base=self.base)
-
-
-def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices and kernels only, not on biases, gates and embeddings."""
-    decayed = {name for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith("style.")}
-    groups = [
-        {
-            "params": [p for name, p in model.named_parameters() if name in decayed],
-            "weight_decay": training.weight_decay,
-        },
-        {"params": [p for name, p in model.named_parameters() if name not in decayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -357,10 +337,10 @@ def peak_memory_gb(device: torch.device) -> float:
 #################################################################################
 
 
-def train(config: Config, resume: str | None = None, quiet: bool | None = None) -> Trainer:
+def train(config: Config, resume: str | None = None, init: str | None = None, quiet: bool | None = None) -> Trainer:
     """Run (or go on with) the training that `config` describes; Ctrl-C and SIGTERM save first."""
     with stop_signals() as stop:
-        trainer = Trainer(config, resume)
+        trainer = Trainer(config, resume, init)
         trainer.accelerator.print(
             f"{count_parameters(trainer.model) / 1e6:.2f} M parameters, {len(trainer.train)} pictures in "
             f"{len(trainer.spec.styles)} styles ({', '.join(trainer.spec.styles)}), {len(trainer.val)} held out, "
@@ -373,18 +353,22 @@ def train(config: Config, resume: str | None = None, quiet: bool | None = None) 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Train the velocity field of all styles on a latent store.")
     parser.add_argument("--config", default="config.json", help="the JSON config")
-    parser.add_argument(
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume",
         nargs="?",
         const="newest",
         metavar="CHECKPOINT",
         help="go on from the newest checkpoint in checkpoint.save_dir, or from the one given",
     )
+    start.add_argument(
+        "--init", metavar="CHECKPOINT", help="start from the weights of another run; new styles get new embeddings"
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    trainer = train(load_config(args.config, args.overrides), args.resume)
+    trainer = train(load_config(args.config, args.overrides), args.resume, args.init)
     return 0 if trainer.step == trainer.total_steps else 130
 
 

@@ -37,7 +37,18 @@ def made(config) -> Checkpoint:
     (model(torch.randn(2, 12, 4, 4), torch.rand(2), torch.tensor([0, 2])) - 1).square().sum().backward()
     optimizer.step()
     ema.update(model, 0)
-    return Checkpoint(config, SPEC, BASE, 7, 3, model.state_dict(), ema.model.state_dict(), optimizer.state_dict())
+    return Checkpoint(
+        config,
+        SPEC,
+        BASE,
+        "digest",
+        {"norms": [1.5], "skipped": 2, "in_a_row": 0},
+        7,
+        3,
+        model.state_dict(),
+        ema.model.state_dict(),
+        optimizer.state_dict(),
+    )
 
 
 def flat(tree, name: str = "") -> dict:
@@ -82,10 +93,11 @@ def test_a_checkpoint_is_data_that_loads_with_weights_only(made, tmp_path):
 def test_a_checkpoint_of_the_first_format_starts_from_white_noise(made, tmp_path):
     made.save(tmp_path / "a.pt")
     tree = torch.load(tmp_path / "a.pt", weights_only=True)
-    del tree["base"]
+    del tree["base"], tree["store"], tree["guard"]
     del tree["config"]["training"]["anchor_strength"]
     torch.save(tree | {"format": 1}, tmp_path / "a.pt")
     loaded = load_checkpoint(tmp_path / "a.pt")
+    assert (loaded.store, loaded.guard) == ("", {})
     assert loaded.base.strength == loaded.config.training.anchor_strength == 0
     assert_same(loaded.model, made.model)
 

@@ -21,7 +21,6 @@ from config import TrainingConfig
 from latents import LatentSpec, LatentSplit
 from logbook import read_metrics
 from metrics import train_style_classifier
-from preprocess_latents import preprocess
 from train import Trainer, draw_batch, learning_rate
 
 FOUR_EPOCHS = {"training.stage1_epochs": 4}
@@ -94,13 +93,6 @@ def test_a_run_without_an_anchor_draws_white_noise(config):
 def test_squares_larger_than_the_latents_are_refused(config):
     with pytest.raises(UserError, match=r"anchor_cells = 5: the latents have 4 cells"):
         Trainer(config({"training.anchor_strength": 0.5, "training.anchor_cells": 5}))
-
-
-@pytest.mark.parametrize(("key", "value"), [("batch_size", 3), ("anchor_strength", 0.3), ("anchor_cells", 1)])
-def test_what_a_resumed_run_may_not_change_is_refused_by_name(config, key, value):
-    Trainer(config(ANCHORED | {"training.stage1_epochs": 1})).fit(quiet=True)
-    with pytest.raises(UserError, match=rf"training\.{key} .* not {value}"):
-        Trainer(config(ANCHORED | {f"training.{key}": value}), "newest")
 
 
 #################################################################################
@@ -241,7 +233,7 @@ def test_a_step_is_adamw_with_its_rate_and_the_average_follows(config):
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, rate), rtol=1e-2, atol=0)
     averaged = 0.1 * before["ema"]["head.weight"] + 0.9 * after["model"]["head.weight"]
     torch.testing.assert_close(after["ema"]["head.weight"], averaged, rtol=1e-5, atol=1e-9)
-    assert trainer.step == 1 and trainer.skipped == 0
+    assert trainer.step == 1 and trainer.guard.skipped == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -271,10 +263,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config):
     trainer.train.latents[...] = np.inf
     assert not math.isfinite(trainer.train_step())
     assert_same(state(trainer), before)
-    assert (trainer.step, trainer.skipped, trainer.bad_steps) == (2, 1, 1)
+    assert (trainer.step, trainer.guard.skipped, trainer.guard.in_a_row) == (2, 1, 1)
     trainer.train.latents[...] = sound
     assert math.isfinite(trainer.train_step())
-    assert (trainer.step, trainer.skipped, trainer.bad_steps) == (3, 1, 0)
+    assert (trainer.step, trainer.guard.skipped, trainer.guard.in_a_row) == (3, 1, 0)
     assert not torch.equal(trainer.model.head.weight, before["model"]["head.weight"])
 
 
@@ -282,7 +274,7 @@ def test_20_such_steps_in_a_row_end_the_run_in_one_line(config):
     trainer = Trainer(config({"training.stage1_epochs": 10} | NO_FILES))
     before = state(trainer)
     trainer.train.latents[...] = np.inf
-    with pytest.raises(UserError, match=r"not finite 20 times in a row at step 20; resume .*learning_rate") as caught:
+    with pytest.raises(UserError, match=r"not finite, or leapt, in 20 .* step 20; .*learning_rate") as caught:
         trainer.fit(quiet=True)
     assert "\n" not in str(caught.value)
     assert trainer.step == 20
@@ -300,7 +292,7 @@ def test_19_in_a_row_do_not_end_the_run_and_are_logged(config, store):
         return trainer.step == 22
 
     trainer.fit(stop, quiet=True)
-    assert (trainer.step, trainer.skipped, trainer.bad_steps) == (22, 19, 0)
+    assert (trainer.step, trainer.guard.skipped, trainer.guard.in_a_row) == (22, 19, 0)
     lines = [line for line in read_metrics(store / "run" / "metrics.jsonl") if "lr" in line]
     assert [line["skipped_steps"] for line in lines] == [*range(1, 20), 19, 19, 19]
     assert all("loss" not in line for line in lines[:19]) and all(line["loss"] > 0 for line in lines[19:])
@@ -393,7 +385,8 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(config, store, ca
 
 def test_the_loss_falls_over_a_short_run(config, store):
     changes = {"training.stage1_epochs": 40, "training.learning_rate": 5e-3, "training.batch_size": 8} | NO_FILES
-    train.train(config(changes | {"training.val_every_epochs": 100}), quiet=True)
+    changes |= {"training.anchor_strength": 0.0, "training.val_every_epochs": 100}
+    train.train(config(changes), quiet=True)
     losses = [line["loss"] for line in read_metrics(store / "run" / "metrics.jsonl") if "loss" in line]
     first, last = np.mean(losses[:8]), np.mean(losses[-16:])
     assert 1.6 < first < 2.4, "v = 0 at start: the loss is the variance of the data plus that of the noise"
@@ -518,54 +511,6 @@ def test_a_folder_that_holds_checkpoints_is_refused_without_resume(config, store
     with pytest.raises(UserError, match="holds the checkpoints of a run; go on with --resume"):
         Trainer(config())
     assert [path.name for path in (store / "run").iterdir()] == [name]
-
-
-def other_store(store, draw, make_config, cpu, kind: str) -> dict:
-    """A store that a model of `store` does not fit, and the config that points to it."""
-    changes = {"data.data_root": str(store / "other")}
-    if kind == "styles":
-        for number in range(5):
-            draw(store / "raw" / "water" / f"{number}.png", seed=number)
-    elif kind == "autoencoder":
-        changes["autoencoder.name"] = "dct:f4c11"
-    else:
-        changes["data.image_size"] = 32
-    preprocess(make_config(store, changes), cpu, quiet=True)
-    return changes
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("styles", r"styles \['ink', 'oil'\], the store has \['ink', 'oil', 'water'\]"),
-        ("autoencoder", "autoencoder dct:f4c12, the store has dct:f4c11"),
-        ("image_size", "image_size 16, the store has 32"),
-    ],
-)
-def test_resume_on_other_latents_is_refused_by_name(config, store, draw, make_config, cpu, kind, message):
-    started = Trainer(config())
-    started.fit(stop=lambda: started.step == 2, quiet=True)
-    changes = other_store(store, draw, make_config, cpu, kind)
-    with pytest.raises(UserError, match=message):
-        Trainer(config(changes), "newest")
-
-
-def test_resume_with_another_network_names_a_weight(config):
-    started = Trainer(config())
-    started.fit(stop=lambda: started.step == 2, quiet=True)
-    with pytest.raises(UserError, match=r"stage1_interrupted\.pt: .* weights missing, extra .*blocks\.1\."):
-        Trainer(config({"model.num_layers": 2}), "newest")
-
-
-def test_the_statistics_of_a_resumed_run_stay_those_of_its_start(config, store, draw, make_config, cpu):
-    started = Trainer(config())
-    started.fit(stop=lambda: started.step == 2, quiet=True)
-    for number in range(20, 30):
-        draw(store / "raw" / "ink" / f"{number}.png", seed=number)
-    preprocess(make_config(store), cpu, quiet=True)
-    resumed = Trainer(config(), "newest")
-    assert resumed.spec == resumed.train.spec == resumed.val.spec == started.spec
-    assert len(resumed.train) > len(started.train)
 
 
 def test_a_missing_checkpoint_and_a_missing_store_are_one_line(config, store):
