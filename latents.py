@@ -249,14 +249,14 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
-    """The base that the config asks for, fitted to at most 512 pictures a style."""
+    """The base that the config asks for, fitted to at most 1024 pictures a style."""
     cells = split.spec.image_size // split.spec.factor
     if training.anchor_strength and training.anchor_cells > cells:
         raise UserError(f"training.anchor_cells = {training.anchor_cells}: the latents have {cells} cells a side")
 
     def some(style: int) -> Tensor:
         index = (split.styles == style).nonzero().flatten()
-        return split.batch(index[:: -(-len(index) // 512)])[0]
+        return split.batch(index[:: -(-len(index) // 1024)])[0]
 
     return fit_base(some, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
 

@@ -226,12 +226,14 @@ class Trainer:
         if logbook:
             logbook.close()
 
-    def _diverged(self) -> str:
+    def _last_good(self) -> str:
         good = epoch_checkpoints(self.folder)
+        return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+
+    def _diverged(self) -> str:
         return (
             f"the gradient was not finite, or leapt, in {self.guard.in_a_row} steps in a row up to step {self.step}; "
-            f"the last good checkpoint is {good[-1] if good else 'none'}: resume from it with a lower "
-            "--set training.learning_rate or with --set training.use_amp=false"
+            f"{self._last_good()}: resume with a lower --set training.learning_rate or --set training.use_amp=false"
         )
 
     def _any(self, flag: bool) -> bool:
@@ -306,8 +308,8 @@ class Trainer:
         return {"val_loss": total / count}
 
     def save(self, path: Path) -> None:
-        """The whole state, in one file."""
-        Checkpoint(
+        """The whole state, in one file; where there is no room for it, nothing is lost but the steps since the last."""
+        checkpoint = Checkpoint(
             config=self.config,
             latents=self.spec,
             base=self.base,
@@ -318,7 +320,14 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-        ).save(path)
+        )
+        try:
+            checkpoint.save(path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+            raise UserError(
+                f"{path}: could not be written ({reason}); {self._last_good()}: make room and go on with --resume"
+            ) from None
 
     def _pipeline(self) -> Pipeline:
         codec = load_autoencoder(self.spec.autoencoder, self.device)
