@@ -84,7 +84,8 @@ def latents_of(state: State) -> Tensor:
 def transfer(model: Model, x1: Tensor, source: Tensor, target: Tensor, how: TransferSettings) -> Transfer:
     """x1 (B, C, h, w) standardised latents of style `source` (B,) -> the same pictures in style `target` (B,).
 
-    `model` has `null_style`, the id that stands for a dropped label, and for flowedit `x0`, its base (see base.py). A target may be an embedding.
+    `model` has `null_style`, the id that stands for a dropped label, and for flowedit `x0`, its base (see base.py).
+    A target may be an embedding.
     """
     if how.method == "flowedit":
         return _flowedit(model, x1, source, target, how)
