@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError, autocast
+from cli import UserError
+from device import autocast
 
 WAYS_OUT = "give a local diffusers folder as autoencoder.name, or the built-in codec: dct"
 

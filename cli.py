@@ -1,15 +1,12 @@
-"""What every command shares: the one-line error, the common flags, and the choice of device and precision."""
+"""What every command shares: the one-line error, the common flags, how it ends. Imports nothing that takes long."""
 
 import argparse
 import contextlib
 import io
 import os
-import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
-
-import torch
 
 
 class UserError(Exception):
@@ -55,8 +52,8 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
             raise
         print(f"error: {error}", file=sys.stderr)
         status = 2
-    except torch.OutOfMemoryError:
-        if args.debug:
+    except Exception as error:
+        if args.debug or type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for a --help
             raise
         print(
             "error: the device is out of memory; for training try --set training.gradient_checkpointing=true, then "
@@ -90,63 +87,3 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first of CUDA, Apple's MPS and the CPU that is there; a device that is not there is an error."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from None
-    return device
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for BF16; without them it is emulated, and far slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """BF16 autocast for the network alone; the state of the flow, its path and its loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def device_name(device: torch.device) -> str:
-    """What a figure was measured on, or bits were made on: a CPU's sums depend on its threads and instructions."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        capability = torch.backends.cpu.get_cpu_capability()
-        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {capability}"
-    return device.type
-
-
-@contextlib.contextmanager
-def deterministic(device: torch.device, enabled: bool = True) -> Iterator[None]:
-    """Within, CUDA takes only kernels that give the same bits for the same input; a CPU's do so anyway."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if enabled and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-
-
-def allow_tf32(enabled: bool) -> None:
-    """TF32 for what is left in float32 on CUDA: 10 bits of mantissa, float32's range, several times the speed."""
-    torch.backends.cuda.matmul.allow_tf32 = enabled
-    torch.backends.cudnn.allow_tf32 = enabled

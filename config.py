@@ -118,6 +118,11 @@ class InferenceConfig:
     noise_samples: int = key(1, "flowedit's noises, of which it takes the mean; each costs a transfer", 1)
 
 
+SETTINGS = tuple(entry.name for entry in dataclasses.fields(InferenceConfig))  # each of them a flag of inference.py
+# Those that fix a leg: a kept structure brings them along.
+OF_THE_LEGS = ("method", "num_steps", "time_grid", "time_shift", "inversion", "tolerance", "noise_samples")
+
+
 @dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -10,21 +10,23 @@ import argparse
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
-from checkpoint import epoch_checkpoints
-from cli import UserError, new_parser, pick_device, run
+from cli import UserError, new_parser, run
 from config import load_config
-from demo_pictures import draw_folders
-from logbook import plot_losses
-from pipeline import load_pipeline, transfer_settings
-from preprocess_latents import preprocess, print_report
-from report import report_text, write_report
-from ruler import Ruler, encode_styles, load_styles
-from train import train
 
 
 def main(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from checkpoint import epoch_checkpoints  # torch takes seconds to import, and --help should not
+    from demo_pictures import draw_folders
+    from device import pick_device
+    from logbook import plot_losses
+    from pipeline import load_pipeline, transfer_settings
+    from preprocessing import preprocess, print_report
+    from report import report_text, write_report
+    from ruler import Ruler, encode_styles, load_styles
+    from trainer import train
+
     started = time.perf_counter()
     config = load_config(args.config, args.overrides)
     pictures = Path(config.data.raw_data_root).parent

@@ -17,8 +17,9 @@ import transfers
 from autoencoder import DctCodec, load_autoencoder, tiled
 from base import Base
 from checkpoint import load_checkpoint, load_model
-from cli import UserError, allow_tf32, autocast, has_bf16
+from cli import UserError
 from config import Config, InferenceConfig
+from device import allow_tf32, autocast, has_bf16
 from images import pad_to_multiple
 from latents import LatentSpec
 from solvers import LatticeState

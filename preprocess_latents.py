@@ -6,227 +6,10 @@ Run again after a kill it goes on where it was; after pictures came, went or cha
 """
 
 import argparse
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-
-import images
-from autoencoder import load_autoencoder
-from cli import UserError, add_device_flags, new_parser, pick_device, run
-from config import Config, load_config
-from files import natural_order, remove_unfinished
-from latents import LatentSpec, StoreMeta, fingerprint, held_out, read_latent, read_meta, write_latent
-
-
-@dataclass
-class Report:
-    encoded: int = 0
-    kept: int = 0
-    removed: int = 0
-    skipped: list[str] = field(default_factory=list)  # one line a bad picture
-    seconds: float = 0.0
-    meta: StoreMeta | None = None
-
-
-def preprocess(config: Config, device: torch.device, quiet: bool | None = None) -> Report:
-    """Bring the store at `data_root` in line with the pictures below `raw_data_root`."""
-    raw_root, root = Path(config.data.raw_data_root), Path(config.data.data_root)
-    pictures = find_styles(raw_root, config.data.num_classes)
-    codec = load_autoencoder(config.autoencoder.name, device)
-    meta = _prepare_meta(root, config, codec, list(pictures))
-    entries = {
-        f"{style}/{name.as_posix()}.pt": raw_root / style / name for style in pictures for name in pictures[style]
-    }
-    meta.write(root)  # not complete from here on
-    report = Report(removed=_remove_stale(root, meta, entries), meta=meta)
-    todo = [(entry, path) for entry, path in entries.items() if not _is_current(root / entry, path, meta.flip)]
-    report.kept = len(entries) - len(todo)
-    started = time.perf_counter()
-    for entry, reason in _encode(todo, root, meta, codec, config, device, quiet):
-        if reason:
-            report.skipped.append(reason)
-            (root / entry).unlink(missing_ok=True)
-            del entries[entry]
-        else:
-            report.encoded += 1
-    _check_styles(raw_root, meta.latents.styles, entries, report.skipped)
-    report.seconds = time.perf_counter() - started
-    _finish(root, meta, list(entries), config.data.val_fraction)
-    return report
-
-
-def find_styles(raw_root: Path, expected: int | None) -> dict[str, list[Path]]:
-    """Style name -> its pictures; the folders are the styles, in natural order."""
-    if not raw_root.is_dir():
-        raise UserError(f"{raw_root}: no such folder; put one folder of pictures a style there (data.raw_data_root)")
-    folders = [path for path in raw_root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    styles = {path.name: images.find_pictures(path) for path in sorted(folders, key=lambda p: natural_order(p.name))}
-    if not styles:
-        raise UserError(f"{raw_root}: holds no folders; make one folder of pictures a style there")
-    for name, pictures in styles.items():
-        if not pictures:
-            raise UserError(f"{raw_root / name}: holds no pictures ({' '.join(images.SUFFIXES)}); fill or remove it")
-    if expected not in (None, len(styles)):
-        raise UserError(f"{raw_root}: {len(styles)} folders ({', '.join(styles)}), but data.num_classes = {expected}")
-    return styles
-
-
-#################################################################################
-#                              What is there already                            #
-#################################################################################
-
-
-def _prepare_meta(root: Path, config: Config, codec: nn.Module, styles: list[str]) -> StoreMeta:
-    """The store's meta, not complete until the end; an existing store of another kind is an error, not a mixture."""
-    size = config.data.image_size
-    if size % codec.factor:
-        raise UserError(f"--target_size {size}: must be a multiple of {codec.factor} for the autoencoder {codec.name}")
-    spec = LatentSpec(codec.name, codec.channels, codec.factor, size, styles)
-    old = read_meta(root)
-    if old:
-        for key, was, now in (
-            ("autoencoder", old.latents.autoencoder, codec.name),
-            ("size", old.latents.image_size, size),
-            ("channels", old.latents.channels, codec.channels),
-        ):
-            if was != now:
-                raise UserError(
-                    f"{root}: the store has {key} {was}, not {now}; use another data.data_root or delete it"
-                )
-        # A style that has no latents yet (all its pictures were bad) may go as it came.
-        kept = [style for style in old.latents.styles if style in styles or any((root / style).rglob("*.pt"))]
-        gone = [style for style in kept if style not in styles]
-        if gone:
-            raise UserError(
-                f"{config.data.raw_data_root}: the style folder {gone[0]} has vanished; put it back, or delete {root}"
-            )
-        # Ids of known styles stay; new styles come behind them.
-        spec.styles = kept + [style for style in styles if style not in kept]
-    return StoreMeta(spec, config.data.flip)
-
-
-def _remove_stale(root: Path, meta: StoreMeta, entries: dict[str, Path]) -> int:
-    """Delete entries whose picture has gone, and what a killed run left unfinished."""
-    removed = 0
-    stored = [path for style in meta.latents.styles for path in (root / style).rglob("*.pt")]
-    for folder in {root, *(path.parent for path in stored)}:
-        remove_unfinished(folder)
-    for path in stored:
-        if path.exists() and path.relative_to(root).as_posix() not in entries:
-            path.unlink()
-            removed += 1
-    return removed
-
-
-def _is_current(entry: Path, picture: Path, flip: bool) -> bool:
-    if not entry.exists():
-        return False
-    try:
-        stored = read_latent(entry)
-    except UserError:  # damaged: encode it again
-        return False
-    return stored.get("source") == fingerprint(picture) and ("flipped" in stored or not flip)
-
-
-#################################################################################
-#                                    Encoding                                   #
-#################################################################################
-
-
-class SquarePictures(Dataset):
-    """Decodes and resizes in worker processes: item -> (uint8 (3, size, size), fingerprint), or the reason why not."""
-
-    def __init__(self, paths: list[Path], size: int) -> None:
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, item: int) -> tuple[int, Tensor | None, list[int] | str]:
-        path = self.paths[item]
-        try:
-            source = fingerprint(path)
-            return item, images.to_bytes(images.square(images.open_picture(path), self.size)), source
-        except (UserError, OSError) as error:
-            return item, None, str(error)
-
-
-def _encode(
-    todo: list[tuple[str, Path]],
-    root: Path,
-    meta: StoreMeta,
-    codec: nn.Module,
-    config: Config,
-    device: torch.device,
-    quiet: bool | None,
-) -> Iterable[tuple[str, str | None]]:
-    """Encode and write the pictures of `todo`; yields (entry, None) or (entry, why it was skipped)."""
-    loader = DataLoader(
-        SquarePictures([path for _, path in todo], meta.latents.image_size),
-        batch_size=16,
-        num_workers=min(config.training.num_workers, len(todo)),
-        collate_fn=list,
-        multiprocessing_context="spawn" if config.training.num_workers and device.type != "cpu" else None,
-    )
-    with tqdm(total=len(todo), desc="encoding", unit="picture", disable=quiet) as bar:
-        for items in loader:
-            good = [item for item in items if item[1] is not None]
-            if good:
-                pixels = images.to_pixels(torch.stack([picture for _, picture, _ in good]).to(device))
-                plain = codec.encode(pixels)
-                flipped = codec.encode(pixels.flip(-1)) if meta.flip else [None] * len(good)
-                for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True):
-                    write_latent(root / todo[item][0], latent, mirror, source)
-            for item, picture, reason in items:
-                yield todo[item][0], reason if picture is None else None
-            bar.update(len(items))
-
-
-def _check_styles(raw_root: Path, styles: list[str], entries: Iterable[str], skipped: list[str]) -> None:
-    """A style all of whose pictures are bad is an error that shows the first reason."""
-    readable = {entry.partition("/")[0] for entry in entries}
-    for style in styles:
-        if style not in readable:
-            reason = next(line for line in skipped if line.startswith(str(raw_root / style)))
-            raise UserError(f"{raw_root / style}: no picture of this style can be read; the first: {reason}")
-
-
-def _finish(root: Path, meta: StoreMeta, entries: list[str], val_fraction: float) -> None:
-    """Split, statistics and counts: the store is complete."""
-    val = set()
-    for style in meta.latents.styles:
-        val |= held_out((entry for entry in entries if entry.startswith(f"{style}/")), val_fraction)
-    meta.split = {"train": sorted(set(entries) - val), "val": sorted(val)}
-    tally = {name: Counter(entry.partition("/")[0] for entry in names) for name, names in meta.split.items()}
-    meta.counts = {style: {name: tally[name][style] for name in tally} for style in meta.latents.styles}
-    meta.latents.mean, meta.latents.std = _statistics(root, meta)
-    meta.complete = True
-    meta.write(root)
-
-
-def _statistics(root: Path, meta: StoreMeta) -> tuple[list[float], list[float]]:
-    """Per-channel mean and deviation of the training split, mirrored copies included, summed in float64."""
-    total, squares, count = 0.0, 0.0, 0
-    for name in meta.split["train"]:
-        entry = read_latent(root / name)
-        for part in ("latent", "flipped") if meta.flip else ("latent",):
-            values = entry[part].double().flatten(1)
-            total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
-    mean = total / count
-    std = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return mean.tolist(), torch.where(std > 1e-6, std, 1.0).tolist()  # a constant channel stays as it is
-
-
-#################################################################################
-#                                  The command                                  #
-#################################################################################
+from cli import add_device_flags, new_parser, run
+from config import load_config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -239,6 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
+    from device import pick_device  # torch takes seconds to import, and --help should not
+    from preprocessing import preprocess, print_report
+
     overrides = list(args.overrides)
     overrides += [f"data.image_size={args.target_size}"] if args.target_size is not None else []
     overrides += [f"training.num_workers={args.num_workers}"] if args.num_workers is not None else []
@@ -246,17 +32,6 @@ def main(args: argparse.Namespace) -> int:
     report = preprocess(config, pick_device(args.device))
     print_report(report, Path(config.data.data_root))
     return 1 if report.skipped else 0  # done, but not for every picture
-
-
-def print_report(report: Report, root: Path, echo: Callable[[str], None] = print) -> None:
-    for number, (style, counts) in enumerate(report.meta.counts.items()):
-        echo(f"style {number} {style}: {counts['train']} to train on, {counts['val']} held out")
-    rate = f", {report.encoded / report.seconds:.1f} pictures/s" if report.encoded else ""
-    echo(f"{root}: {report.encoded} encoded, {report.kept} kept, {report.removed} removed{rate}")
-    for reason in report.skipped:
-        echo(f"skipped: {reason}")
-    if report.skipped:
-        echo(f"{len(report.skipped)} pictures were skipped")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import UserError, device_name
+from cli import UserError
+from device import device_name
 from files import written_whole
 from pipeline import Pipeline
 from solvers import LATTICE, LatticeState

@@ -4,196 +4,21 @@ python test_model.py        # within a minute on a CPU; exit status 1 if a check
 """
 
 import argparse
-import copy
-import statistics
-import time
-from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-
-from cli import add_device_flags, autocast, new_parser, pick_device, run
-from flow import Field, flow_loss
-from model import IsoNext, count_parameters
-from solvers import LatticeState, leapfrog_leg, time_grid
-
-STYLES = 2
-
-
-class Checks:
-    """Prints a line a check and remembers whether all held."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    def __call__(self, what: str, holds: bool, detail: str = "") -> None:
-        self.failed += not holds
-        print(f"  {'ok  ' if holds else 'FAIL'}  {what}{': ' if detail else ''}{detail}")
-
-
-def small_model(device: torch.device) -> IsoNext:
-    """A small network whose head is not zero, so that it moves things."""
-    torch.manual_seed(0)
-    model = IsoNext(latent_channels=4, num_styles=STYLES, hidden_dim=64, num_layers=3, num_groups=8).to(device)
-    nn.init.normal_(model.head.weight, std=0.05)
-    return model.to(memory_format=torch.channels_last)
-
-
-def random_batch(device: torch.device, count: int = 4, side: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0, x1, t, style."""
-    generator = torch.Generator().manual_seed(1)
-    x0, x1 = torch.randn(2, count, 4, side, side, generator=generator).to(device)
-    t, style = torch.rand(count, generator=generator), torch.arange(count) % STYLES
-    return x0, x1, t.to(device), style.to(device)
-
-
-def check_architecture(check: Checks, device: torch.device) -> None:
-    with torch.device("meta"):
-        full = IsoNext(latent_channels=4, num_styles=STYLES)
-    check("the 8 GB network (D 384, N 12)", True, f"{count_parameters(full) / 1e6:.2f} M parameters")
-    model = IsoNext(latent_channels=4, num_styles=STYLES, hidden_dim=64, num_layers=3, num_groups=8).to(device)
-    t, style = torch.rand(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    for height, width in ((32, 32), (17, 40), (1, 1)):
-        x = torch.randn(1, 4, height, width, device=device)
-        v = model(x, t, style)
-        check(f"latents 4 x {height} x {width} give a velocity of that size", v.shape == x.shape)
-        check("the velocity is zero before training", bool((v == 0).all()))
-
-
-def check_loss(check: Checks, device: torch.device) -> None:
-    x0, x1 = torch.tensor([[[[1.0]]]], device=device), torch.tensor([[[[3.0]]]], device=device)
-    t, style = torch.tensor([0.25], device=device), torch.tensor([0], device=device)
-    # x_t = 0.75 * 1 + 0.25 * 3 = 1.5 and v = 3 - 1 = 2, so a model that says v = x_t is off by 0.5.
-    loss = flow_loss(lambda x, t, style: x, x0, x1, t, style).item()
-    check("the loss of one number by hand", loss == 0.25, f"{loss} (expected 0.25)")
-    model, batch = small_model(device), random_batch(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(30):
-        loss = flow_loss(model, *batch).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    check("the loss falls on one batch", losses[-1] < 0.7 * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}")
-
-
-@torch.inference_mode()
-def check_reversibility(check: Checks, device: torch.device) -> None:
-    model, (_, x1, _, a) = small_model(device), random_batch(device)
-    b, grid = (a + 1) % STYLES, time_grid(20)
-    with autocast(device, True):
-        start = LatticeState.at_picture(x1)
-        base = leapfrog_leg(Field(model, a), start, grid[::-1])
-        back = leapfrog_leg(Field(model, a), base, grid)
-        moved = leapfrog_leg(Field(model, b), base, grid)
-        home = leapfrog_leg(Field(model, a), leapfrog_leg(Field(model, b), moved, grid[::-1]), grid)
-    for name, end in (("picture -> structure -> picture", back), ("style a -> b -> a", home)):
-        differing = int((end.position != start.position).sum() + (end.defect != start.defect).sum())
-        check(f"{name}, 20 steps, BF16 network, bit for bit", differing == 0, f"{differing} elements differ")
-    check("style a -> b moves the picture", not torch.equal(moved.position, start.position))
-
-
-#################################################################################
-#                                Memory and speed                               #
-#################################################################################
-
-
-def activation_bytes(model: IsoNext, batch: int, side: int) -> int:
-    """What one BF16 training step keeps for its backward pass, at 2 bytes a value: an estimate from the layers.
-
-    A block without recomputing keeps its input, the depthwise output (and a float32 copy for the norm), the norm's
-    output, the widened values before and after GELU, and the narrowed ones.
-    """
-    d, n, wide = model.stem.out_channels, len(model.blocks), model.blocks[0].widen.out_features
-    block = 2 * (4 * d + 2 * wide) + 4 * d
-    values = block + 2 * d * n if model.gradient_checkpointing else block * n
-    return values * batch * side**2
-
-
-def check_memory(check: Checks, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        model = IsoNext(4, STYLES, gradient_checkpointing=True).to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        shadow = copy.deepcopy(model)  # the EMA
-        timed_step(model, optimizer, device, batch=64, side=64, bf16=True)()
-        peak = torch.cuda.max_memory_reserved(device) / 2**30
-        check("D 384, N 12, batch 64 at 512 px fits 8 GB", peak < 8, f"measured peak {peak:.2f} GB")
-        del shadow
-        return
-    with torch.device("meta"):
-        models = {recompute: IsoNext(4, STYLES, gradient_checkpointing=recompute) for recompute in (False, True)}
-    weights = 20 * count_parameters(models[True])  # float32: weights, gradients, two moments, EMA
-    for side in (32, 64):
-        sizes = [(weights + activation_bytes(models[recompute], 64, side)) / 2**30 for recompute in (False, True)]
-        detail = f"{sizes[0]:.1f} GB, with gradient_checkpointing {sizes[1]:.1f} GB (estimated, not measured)"
-        check(f"D 384, N 12, batch 64 at {8 * side} px on a GPU", min(sizes) < 8, detail)
-
-
-def timed_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, batch: int, side: int, bf16: bool
-) -> Callable[[], float]:
-    """A function that does one training step and returns its seconds."""
-    x0, x1, t, style = random_batch(device, batch, side)
-
-    def network(x: Tensor, t: Tensor, style: Tensor) -> Tensor:
-        with autocast(device, bf16):
-            return model(x, t, style)
-
-    def step() -> float:
-        started = time.perf_counter()
-        flow_loss(network, x0, x1, t, style).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    return step
-
-
-def check_speed(check: Checks, device: torch.device) -> None:
-    steps = {}
-    for name, layout, bf16 in (
-        ("float32, NCHW", torch.contiguous_format, False),
-        ("float32, channels_last", torch.channels_last, False),
-        ("BF16, channels_last", torch.channels_last, True),
-    ):
-        model = IsoNext(4, STYLES, hidden_dim=128, num_layers=4).to(device, memory_format=layout)
-        steps[name] = timed_step(model, torch.optim.AdamW(model.parameters()), device, 8, 32, bf16)
-    times = {name: [] for name in steps}
-    for _ in range(6):  # in turn, so that a noisy moment of the machine hits all alike; the first warms up
-        for name, step in steps.items():
-            times[name].append(step())
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    plain = medians["float32, NCHW"]
-    for name, seconds in medians.items():
-        print(f"        {name:24s}{seconds * 1e3:8.1f} ms a step   {plain / seconds:4.1f} x")
-    print("        benchmarks/train_step.py adds torch.compile to this")
-
-
-def main(args: argparse.Namespace) -> int:
-    device, check = pick_device(args.device), Checks()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__} on {device} ({name})")
-    for title, part in (
-        ("architecture", check_architecture),
-        ("loss", check_loss),
-        ("reversibility", check_reversibility),
-        ("memory", check_memory),
-        ("speed (D 128, N 4, batch 8, 32 x 32 latents, eager)", check_speed),
-    ):
-        print(title)
-        part(check, device)
-    print(f"{check.failed} checks failed" if check.failed else "all checks passed")
-    return 1 if check.failed else 0
+from cli import add_device_flags, new_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Check on this machine: architecture, loss, exact inversion, memory, speed.", config=False)
     add_device_flags(parser)
     return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    from device import pick_device  # torch takes seconds to import, and --help should not
+    from smoke import smoke
+
+    return smoke(pick_device(args.device))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from album import Job, find_jobs, load_batches
-from cli import add_device_flags, device_name, new_parser, pick_device, run
+from cli import add_device_flags, new_parser, run
+from device import device_name, pick_device
 from pipeline import load_pipeline, transfer_settings
 from studio import Plan, Target, work_off
 

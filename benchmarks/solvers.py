@@ -29,7 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import images
-from cli import UserError, add_device_flags, allow_tf32, device_name, new_parser, pick_device, run
+from cli import UserError, add_device_flags, new_parser, run
+from device import allow_tf32, device_name, pick_device
 from metrics import psnr
 from pipeline import Pipeline, load_pipeline
 from solvers import LatticeState

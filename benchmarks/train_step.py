@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import add_device_flags, allow_tf32, autocast, device_name, has_bf16, new_parser, pick_device, run
+from cli import add_device_flags, new_parser, run
+from device import allow_tf32, autocast, device_name, has_bf16, pick_device
 from flow import flow_loss
 from model import IsoNext, count_parameters
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import cli
 from config import Config, config_from_dict
-from preprocess_latents import preprocess
+from preprocessing import preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {

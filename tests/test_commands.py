@@ -20,6 +20,7 @@ import evaluate
 import inference
 import preprocess_latents
 import train
+from autoencoder import load_autoencoder
 from transfers import METHODS
 
 COMMANDS = {module.__name__: module for module in (preprocess_latents, train, inference, evaluate)}
@@ -68,6 +69,27 @@ def test_help_of_every_command_names_its_flags():
     ):
         done = call(ROOT, name, "--help")
         assert done.returncode == 0 and flag in done.stdout, done.stderr
+
+
+def imported_by(folder: Path, *arguments: str) -> set[str]:
+    """The top-level modules that a command imports."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = (line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:"))
+    return {line.partition(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize("name", ("preprocess_latents", "train", "inference", "evaluate", "test_model", "demo"))
+def test_help_imports_nothing_that_takes_long(name):
+    found = imported_by(ROOT, f"{name}.py", "--help")
+    assert "argparse" in found and not found & {"torch", "numpy", "scipy", "PIL", "diffusers", "accelerate"}
+
+
+def test_a_transfer_with_the_builtin_codec_does_without_diffusers(studio):
+    flags = [*TRANSFER, "--input", "raw_data/cold/003.png", "--output", "out/light.png"]
+    found = imported_by(studio, str(ROOT / "inference.py"), *flags)
+    assert "torch" in found and not found & {"diffusers", "transformers", "huggingface_hub"}
 
 
 def test_sigterm_saves_and_resume_goes_on_to_the_same_weights(studio, tmp_path):
@@ -146,7 +168,7 @@ def test_same_style_returns_the_picture_and_strength_zero_too(studio, within):
     same = [*TRANSFER[:5], "0", "--num_steps", "4", "--input", "raw_data/cold/004.png", "--output", "same.png"]
     within("inference", *same)
     within("inference", *TRANSFER, "--input", "raw_data/cold/004.png", "--output", "zero.png", "--strength", "0")
-    codec = preprocess_latents.load_autoencoder("dct:f4c12", torch.device("cpu"))
+    codec = load_autoencoder("dct:f4c12", torch.device("cpu"))
     pixels = torch.from_numpy(source).permute(2, 0, 1)[None] / 127.5 - 1
     rebuilt = ((codec.decode(codec.encode(pixels))[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     for name in ("same.png", "zero.png"):

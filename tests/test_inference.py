@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import images
-import inference
+import orders
 import structure
 import studio as studio_module
 from metrics import ssim
@@ -320,7 +320,7 @@ def test_a_network_whose_bits_changed_unnoticed_is_noticed_and_nothing_is_writte
 
 
 def test_a_way_back_that_goes_wrong_after_the_structure_is_no_exact_certificate_either(infer, kept, monkeypatch):
-    monkeypatch.setattr(inference, "digest", lambda state: "other latents")
+    monkeypatch.setattr(orders, "digest", lambda state: "other latents")
     out = made(infer("--checkpoint", CHECKPOINT, "--restore", kept, "--output", kept.with_name("b.png")), 3)
     assert "NOT exact" in out and "certificate: exact" not in out and "nothing was written" in out
     assert nothing_beside(kept)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ruler
-import train
+import trainer
 from autoencoder import load_autoencoder
 from checkpoint import BEST, load_checkpoint
 from cli import UserError
@@ -16,7 +16,7 @@ from judge import HELD, Judge, some_of_each
 from latents import LatentSpec, LatentSplit
 from metrics import train_style_classifier
 from pipeline import Pipeline
-from train import Trainer
+from trainer import Trainer
 from transfers import TransferSettings
 
 STYLES = ("dark", "light", "middle")
@@ -109,13 +109,13 @@ def scored(store, make_config, monkeypatch):
 
     def fit(scores: list[float], epochs: int, resume: str | None = None) -> Trainer:
         left = iter(scores)
-        monkeypatch.setattr(train, "Judge", lambda *_: lambda: {"val_score": next(left)})
-        monkeypatch.setattr(train.Judge, "can_judge", lambda val: True, raising=False)
+        monkeypatch.setattr(trainer, "Judge", lambda *_: lambda: {"val_score": next(left)})
+        monkeypatch.setattr(trainer.Judge, "can_judge", lambda val: True, raising=False)
         changes = {"checkpoint.save_dir": str(store / "run"), "training.val_every_epochs": 1}
         changes |= {"training.stage1_epochs": epochs, "training.lr_schedule": "constant"}
-        trainer = Trainer(make_config(store, changes), resume)
-        trainer.fit(quiet=True)
-        return trainer
+        run = Trainer(make_config(store, changes), resume)
+        run.fit(quiet=True)
+        return run
 
     return fit
 

@@ -21,7 +21,7 @@ from latents import (
     read_meta,
     write_latent,
 )
-from preprocess_latents import preprocess
+from preprocessing import preprocess
 
 
 def make_spec(**changes) -> LatentSpec:

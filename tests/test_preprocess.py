@@ -14,7 +14,8 @@ from autoencoder import load_autoencoder
 from cli import UserError
 from config import config_to_dict
 from latents import open_store, read_meta
-from preprocess_latents import build_parser, main, preprocess
+from preprocess_latents import build_parser, main
+from preprocessing import preprocess
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(1)

@@ -9,9 +9,9 @@ from conftest import call, refused
 from checkpoint import load_checkpoint
 from cli import UserError
 from latents import LatentSpec
-from preprocess_latents import preprocess
+from preprocessing import preprocess
 from resume import in_units_of, take_over
-from train import Trainer
+from trainer import Trainer
 
 
 @pytest.fixture

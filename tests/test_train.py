@@ -13,15 +13,14 @@ from PIL import Image
 
 import latents
 import ruler
-import train
 from base import Base, low_band
 from checkpoint import INTERRUPTED, epoch_checkpoints, load_checkpoint
 from cli import UserError
 from config import TrainingConfig
-from latents import LatentSpec, LatentSplit
+from latents import Batch, LatentSpec, LatentSplit
 from logbook import read_metrics
 from metrics import train_style_classifier
-from train import Trainer, draw_batch, learning_rate
+from trainer import Trainer, draw_batch, learning_rate, train
 
 FOUR_EPOCHS = {"training.stage1_epochs": 4}
 NO_FILES = {"training.save_every_epochs": 100}
@@ -146,12 +145,12 @@ def numbered_split(count: int) -> LatentSplit:
     return LatentSplit(spec, latents, torch.arange(count) % 3, [f"a/{n}" for n in range(count)])
 
 
-def drawn(count: int, batch: int, steps, **options) -> list[train.Batch]:
+def drawn(count: int, batch: int, steps, **options) -> list[Batch]:
     training = TrainingConfig(batch_size=batch, **options)
     return [draw_batch(numbered_split(count), Base(), training, step, null_style=3) for step in steps]
 
 
-def fields(batch: train.Batch) -> tuple:
+def fields(batch: Batch) -> tuple:
     return batch.x0, batch.x1, batch.t, batch.style
 
 
@@ -306,11 +305,11 @@ def test_19_in_a_row_do_not_end_the_run_and_are_logged(config, store):
 
 @pytest.mark.parametrize("changes", [{}, {"training.coupling": "ot", "training.time_sampling": "logit_normal"}])
 def test_two_runs_are_equal_bit_for_bit_and_another_seed_is_not(config, changes):
-    first = train.train(config(changes, "a"), quiet=True)
+    first = train(config(changes, "a"), quiet=True)
     torch.manual_seed(99)
-    second = train.train(config(changes, "b"), quiet=True)
+    second = train(config(changes, "b"), quiet=True)
     assert_same(state(first), state(second))
-    other = train.train(config(changes | {"training.seed": 1}, "c"), quiet=True)
+    other = train(config(changes | {"training.seed": 1}, "c"), quiet=True)
     assert not torch.equal(other.model.head.weight, first.model.head.weight)
 
 
@@ -324,7 +323,7 @@ def final(folder) -> dict:
 @pytest.fixture
 def whole(config, store):
     """A run of four epochs in one go; the function tells where an epoch ends."""
-    return train.train(config(FOUR_EPOCHS, "whole"), quiet=True)
+    return train(config(FOUR_EPOCHS, "whole"), quiet=True)
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 11])
@@ -335,7 +334,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_in_one_go(config, store, w
     assert "go on with --resume" in capsys.readouterr().out
     assert load_checkpoint(store / "run" / INTERRUPTED).step == stop_at
     torch.manual_seed(5)
-    resumed = train.train(config(FOUR_EPOCHS), resume="newest", quiet=True)
+    resumed = train(config(FOUR_EPOCHS), resume="newest", quiet=True)
     assert f"at step {stop_at}" in capsys.readouterr().out
     assert_same(state(resumed), state(whole))
     one, other = final(store / "run"), final(store / "whole")
@@ -355,7 +354,7 @@ def test_n_steps_a_kill_and_n_steps_equal_2n_and_no_step_is_logged_twice(config,
     for epoch in (3, 4):
         (store / "run" / f"stage1_epoch{epoch}.pt").unlink()
     resume = given if given == "newest" else str(store / "run" / given)
-    resumed = train.train(config(FOUR_EPOCHS), resume=resume, quiet=True)
+    resumed = train(config(FOUR_EPOCHS), resume=resume, quiet=True)
     assert_same(state(resumed), state(whole))
     lines, expected = (read_metrics(store / name / "metrics.jsonl") for name in ("run", "whole"))
     assert [(line["step"], line.get("loss")) for line in lines] == [(li["step"], li.get("loss")) for li in expected]
@@ -364,21 +363,21 @@ def test_n_steps_a_kill_and_n_steps_equal_2n_and_no_step_is_logged_twice(config,
 
 def test_a_longer_run_at_a_constant_rate_goes_on_from_a_finished_one(config, store):
     constant = {"training.lr_schedule": "constant"}
-    whole = train.train(config(FOUR_EPOCHS | constant, "whole"), quiet=True)
-    train.train(config(constant | {"training.stage1_epochs": 2}), quiet=True)
-    assert_same(state(train.train(config(FOUR_EPOCHS | constant), "newest", quiet=True)), state(whole))
+    whole = train(config(FOUR_EPOCHS | constant, "whole"), quiet=True)
+    train(config(constant | {"training.stage1_epochs": 2}), quiet=True)
+    assert_same(state(train(config(FOUR_EPOCHS | constant), "newest", quiet=True)), state(whole))
 
 
 def test_resuming_a_finished_run_changes_nothing(config, store, whole):
     before = final(store / "whole")
-    again = train.train(config(FOUR_EPOCHS, "whole"), resume="newest", quiet=True)
+    again = train(config(FOUR_EPOCHS, "whole"), resume="newest", quiet=True)
     assert again.step == 16
     assert_same(state(again), state(whole))
     assert_same(final(store / "whole"), before)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(config, store, capsys):
-    trainer = train.train(config(), resume="newest", quiet=True)
+    trainer = train(config(), resume="newest", quiet=True)
     assert trainer.step == 8
     assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().out
 
@@ -386,7 +385,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(config, store, ca
 def test_the_loss_falls_over_a_short_run(config, store):
     changes = {"training.stage1_epochs": 40, "training.learning_rate": 5e-3, "training.batch_size": 8} | NO_FILES
     changes |= {"training.anchor_strength": 0.0, "training.val_every_epochs": 100}
-    train.train(config(changes), quiet=True)
+    train(config(changes), quiet=True)
     losses = [line["loss"] for line in read_metrics(store / "run" / "metrics.jsonl") if "loss" in line]
     first, last = np.mean(losses[:8]), np.mean(losses[-16:])
     assert 1.6 < first < 2.4, "v = 0 at start: the loss is the variance of the data plus that of the noise"
@@ -414,8 +413,8 @@ def test_metrics_have_the_promised_numbers(config, store, whole):
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_line(config, store):
-    train.train(config(run="every"), quiet=True)
-    train.train(config({"training.log_every_steps": 4}, "fourth"), quiet=True)
+    train(config(run="every"), quiet=True)
+    train(config({"training.log_every_steps": 4}, "fourth"), quiet=True)
     every, fourth = (
         [line["loss"] for line in read_metrics(store / name / "metrics.jsonl") if "loss" in line]
         for name in ("every", "fourth")
@@ -425,19 +424,19 @@ def test_the_logged_loss_is_the_mean_since_the_last_line(config, store):
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (0, [1, 2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])])
 def test_the_newest_checkpoints_are_kept_and_0_keeps_all(config, store, keep, left):
-    train.train(config({"training.keep_checkpoints": keep, "training.stage1_epochs": 5}), quiet=True)
+    train(config({"training.keep_checkpoints": keep, "training.stage1_epochs": 5}), quiet=True)
     assert [path.name for path in epoch_checkpoints(store / "run")] == [f"stage1_epoch{n}.pt" for n in left]
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end(config, store):
-    train.train(config({"training.save_every_epochs": 3, "training.stage1_epochs": 7}), quiet=True)
+    train(config({"training.save_every_epochs": 3, "training.stage1_epochs": 7}), quiet=True)
     made = [(p.name, load_checkpoint(p).step) for p in epoch_checkpoints(store / "run")]
     assert made == [("stage1_epoch3.pt", 12), ("stage1_epoch6.pt", 24), ("stage1_epoch7.pt", 28)]
     assert not [p.name for p in (store / "run").iterdir() if p.name.startswith(".")]
 
 
 def test_the_preview_opens_and_shows_held_out_pictures_and_every_style(config, store):
-    trainer = train.train(config(), quiet=True)
+    trainer = train(config(), quiet=True)
     for epoch in (1, 2):
         with Image.open(store / "run" / f"preview_epoch{epoch}.png") as sheet:
             sheet.load()
@@ -461,7 +460,7 @@ def use_backend(monkeypatch, backend) -> None:
 
 def test_a_compiled_training_leaves_plain_keys_and_nearly_the_same_weights(config, store, monkeypatch):
     short = {"training.stage1_epochs": 1, "training.use_amp": False, "training.micro_batch_size": 2}
-    plain = train.train(config(short, "plain"), quiet=True)
+    plain = train(config(short, "plain"), quiet=True)
     used = []
 
     def backend(graph, inputs):
@@ -469,7 +468,7 @@ def test_a_compiled_training_leaves_plain_keys_and_nearly_the_same_weights(confi
         return graph
 
     use_backend(monkeypatch, backend)
-    train.train(config(short | {"training.compile": True}), quiet=True)
+    train(config(short | {"training.compile": True}), quiet=True)
     assert used, "it did compile"
     saved = load_checkpoint(store / "run" / "stage1_epoch1.pt")
     assert list(saved.model) == list(saved.ema) == list(plain.model.state_dict())
@@ -478,13 +477,13 @@ def test_a_compiled_training_leaves_plain_keys_and_nearly_the_same_weights(confi
 
 
 def test_where_nothing_compiles_a_warning_is_printed_and_the_run_is_the_plain_one(config, monkeypatch, capsys):
-    plain = train.train(config(run="plain"), quiet=True)
+    plain = train(config(run="plain"), quiet=True)
 
     def backend(graph, inputs):
         raise RuntimeError("no compiler here\nand a long story")
 
     use_backend(monkeypatch, backend)
-    fallen_back = train.train(config({"training.compile": True}), quiet=True)
+    fallen_back = train(config({"training.compile": True}), quiet=True)
     (warning,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
     assert "torch.compile does not work here" in warning and "going on without it" in warning
     assert_same(state(fallen_back), state(plain))
@@ -531,7 +530,7 @@ def test_a_diverged_network_costs_the_preview_and_not_the_run(config, capsys):
 
 
 def test_a_refused_run_leaves_alone_what_another_is_writing_and_a_resumed_one_clears_up(config):
-    folder = train.train(config(), quiet=True).folder
+    folder = train(config(), quiet=True).folder
     writing = folder / ".stage1_epoch9.tmp123.pt"
     writing.write_bytes(b"half")
     with pytest.raises(UserError, match="--resume"):
