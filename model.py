@@ -34,18 +34,17 @@ class TimestepEmbedding(nn.Module):
 
 
 class AdaGN(nn.Module):
-    """GroupNorm without affine, then `(1 + scale) * x + shift` with scale and shift from the condition."""
+    """GroupNorm without affine, then `(1 + scale) * x + shift`; scale and shift (B, 2 D) are `affine(condition)`."""
 
     def __init__(self, dim: int, cond_dim: int, num_groups: int) -> None:
         super().__init__()
         self.num_groups = num_groups
         self.affine = nn.Linear(cond_dim, 2 * dim)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round scale, shift and the statistics
-            scale, shift = self.affine(cond)[:, :, None, None].chunk(2, dim=1)  # (B, D, 1, 1) each
-            y = F.group_norm(x.float(), self.num_groups)
-            return ((1 + scale) * y + shift).to(x.dtype)
+    def forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
+        scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)  # (B, D, 1, 1) each
+        y = F.group_norm(x.float(), self.num_groups)  # statistics in float32
+        return ((1 + scale) * y + shift).to(x.dtype)
 
 
 #################################################################################
@@ -53,28 +52,38 @@ class AdaGN(nn.Module):
 #################################################################################
 
 
-class _DepthwiseOnCPU(torch.autograd.Function):
+@torch.library.custom_op("isonext::depthwise", mutates_args=())
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A depthwise convolution whose weight gradient is fast in BF16 on a CPU.
 
     The gradient of channel c is the correlation of its input with its output gradient, summed over the batch: a
     grouped convolution of B * D single maps whose kernels are the output gradients. PyTorch's own route takes several
-    times as long and would be a fifth of a training step. Forward and input gradient are PyTorch's.
+    times as long and would be a fifth of a training step. Forward and input gradient are PyTorch's. (An operator, not
+    an autograd.Function, so that torch.compile finds what it compiled at the last start.)
     """
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        (b, d, h, w), pad = x.shape, weight.shape[-1] // 2
-        options = ([d], [1, 1], [pad, pad], [1, 1], False, [0, 0], d, [True, False, False])
-        x_gradient = torch.ops.aten.convolution_backward(gradient, x, weight, *options)[0]
-        maps, kernels = x.reshape(1, b * d, h, w), gradient.reshape(b * d, 1, h, w)
-        correlation = F.conv2d(maps, kernels, padding=pad, groups=b * d)  # (1, B * D, k, k)
-        return x_gradient, correlation.view(b, d, 1, *weight.shape[2:]).sum(0), gradient.sum((0, 2, 3))
+@depthwise.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_inputs(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _depthwise_gradients(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    (b, d, h, w), pad = x.shape, weight.shape[-1] // 2
+    options = ([d], [1, 1], [pad, pad], [1, 1], False, [0, 0], d, [True, False, False])
+    x_gradient = torch.ops.aten.convolution_backward(gradient, x, weight, *options)[0]
+    maps, kernels = x.reshape(1, b * d, h, w), gradient.reshape(b * d, 1, h, w)
+    correlation = F.conv2d(maps, kernels, padding=pad, groups=b * d)  # (1, B * D, k, k)
+    return x_gradient, correlation.view(b, d, 1, *weight.shape[2:]).sum(0), gradient.sum((0, 2, 3))
+
+
+depthwise.register_autograd(_depthwise_gradients, setup_context=_keep_inputs)
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -86,7 +95,7 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
             x, weight, bias = (tensor.to(torch.bfloat16) for tensor in (x, self.weight, self.bias))
-            return _DepthwiseOnCPU.apply(x, weight, bias)
+            return depthwise(x, weight, bias)
         return super().forward(x)
 
 
@@ -101,8 +110,8 @@ class Block(nn.Module):
         self.narrow = nn.Linear(expansion * dim, dim)
         self.gate = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(x), cond)
+    def forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x), scale_shift)
         y = y.permute(0, 2, 3, 1)  # (B, h, w, D): in channels_last memory a view, so a pointwise conv is one matmul
         y = self.gate * self.narrow(F.gelu(self.widen(y)))
         return x + y.permute(0, 3, 1, 2).to(x.dtype)
@@ -162,21 +171,35 @@ class IsoNext(nn.Module):
         """Style ids (B,) int64 -> their embeddings (B, style_dim)."""
         return self.style(style)
 
-    def condition(self, t: Tensor, style: Tensor) -> Tensor:
-        """t (B,), style ids or embeddings -> (B, time_dim), in float32 whatever autocast says."""
+    def condition(self, t: Tensor, style: Tensor) -> list[Tensor]:
+        """t (B,), style ids or embeddings -> scale and shift (B, 2 D) of each AdaGN, in float32 whatever autocast says.
+
+        All of it here and none in the blocks: a block without autocast of its own is one that torch.compile can find
+        again at the next start.
+        """
         with torch.autocast(t.device.type, enabled=False):
             embedding = style if style.is_floating_point() else self.embed(style)
-            return F.silu(self.join(torch.cat([self.time(t), embedding], dim=1)))
+            cond = F.silu(self.join(torch.cat([self.time(t), embedding], dim=1)))
+            return [norm.affine(cond) for norm in (*(block.norm for block in self.blocks), self.norm)]
+
+    def compile(self, **options) -> None:
+        """torch.compile for the blocks alone: what is compiled for one serves all N, so that N does not cost time."""
+        for block in self.blocks:
+            block.compile(**options)
+
+    def uncompile(self) -> None:
+        for block in self.blocks:
+            block._compiled_call_impl = None
 
     def forward(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
-        cond = self.condition(t, style)
+        *scale_shifts, last = self.condition(t, style)
         h = self.stem(x)  # (B, D, h, w)
-        for block in self.blocks:
+        for block, scale_shift in zip(self.blocks, scale_shifts, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, cond, use_reentrant=False)
+                h = checkpoint(block, h, scale_shift, use_reentrant=False)
             else:
-                h = block(h, cond)
-        return self.head(self.norm(h, cond)).float()
+                h = block(h, scale_shift)
+        return self.head(self.norm(h, last)).float()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -62,7 +62,8 @@ class Pipeline:
             except Exception as error:  # no compiler, an unsupported platform: many types, one answer
                 if not self.compiled:
                     raise
-                self.compiled, self.model._compiled_call_impl = False, None
+                self.compiled = False
+                self.model.uncompile()
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
                 return self.model(*inputs)

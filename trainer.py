@@ -28,7 +28,7 @@ from checkpoint import (
 )
 from cli import UserError, stop_signals
 from config import Config
-from device import allow_tf32, autocast, has_bf16
+from device import allow_tf32, autocast, has_bf16, keep_freed_memory
 from files import remove_unfinished
 from flow import flow_loss
 from guard import Guard
@@ -58,6 +58,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.bf16 = training.use_amp and has_bf16(self.device)
         allow_tf32(training.tf32)
+        keep_freed_memory()
         root = Path(config.data.data_root)
         meta = open_store(root)
         self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
@@ -133,7 +134,7 @@ class Trainer:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, an unsupported platform: many types, one answer
-            self.model._compiled_call_impl = None
+            self.model.uncompile()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.accelerator.print(f"warning: torch.compile does not work here ({reason}); going on without it")
         self.model.zero_grad()
