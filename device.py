@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from cli import UserError
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first of CUDA, Apple's MPS and the CPU that is there; a device that is not there is an error."""
-    keep_freed_memory()
+    prepare_process()
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -64,6 +65,15 @@ def deterministic(device: torch.device, enabled: bool = True) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+def prepare_process() -> None:
+    """What makes everything after it faster and changes no result: called once, before the first tensor."""
+    keep_freed_memory()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "isonext", "compiled")
+    with contextlib.suppress(OSError):  # torch's own place for it is a folder that a restart of the machine empties
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def keep_freed_memory(enabled: bool = True) -> None:

@@ -28,7 +28,7 @@ from checkpoint import (
 )
 from cli import UserError, stop_signals
 from config import Config
-from device import allow_tf32, autocast, has_bf16, keep_freed_memory
+from device import allow_tf32, autocast, has_bf16, prepare_process
 from files import remove_unfinished
 from flow import flow_loss
 from guard import Guard
@@ -58,7 +58,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.bf16 = training.use_amp and has_bf16(self.device)
         allow_tf32(training.tf32)
-        keep_freed_memory()
+        prepare_process()
         root = Path(config.data.data_root)
         meta = open_store(root)
         self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))

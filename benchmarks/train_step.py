@@ -1,11 +1,13 @@
-"""How fast is a training step, and how far from the machine's own limit?
+"""How fast is a training step, how far from the machine's own limit, and where does its time go?
 
 python benchmarks/train_step.py                          # D 128, N 6, batch 16, 32 x 32 latents
 python benchmarks/train_step.py --hidden_dim 384 --num_layers 12 --batch_size 64 --latent_size 64
 
 One run, one machine, variants in turn: float32 NCHW eager ("plain"), each switch of the default on top of the one
-before, and the project's default (BF16, channels_last, torch.compile). The share is the step's floating-point
-operations over its time, against the best BF16 matrix-multiply rate found in the same run. The last line is JSON.
+before, and the project's default. A step is forward, backward, clipping, AdamW and the average of the weights. The
+share is the step's floating-point operations over its time, against the best BF16 matrix-multiply rate found in the
+same run; the floor is those operations at that rate, and the bytes that cannot be avoided at the rate of a copy. The
+last line is JSON.
 """
 
 import argparse
@@ -13,19 +15,25 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoint import EMA
 from cli import add_device_flags, new_parser, run
-from device import allow_tf32, autocast, device_name, has_bf16, pick_device
+from config import TrainingConfig
+from device import allow_tf32, autocast, device_name, has_bf16, keep_freed_memory, pick_device
 from flow import flow_loss
 from model import IsoNext, count_parameters
+from optimizer import make_optimizer
 
 
 @dataclass
@@ -35,13 +43,23 @@ class Variant:
     channels_last: bool
     compile: bool
     tf32: bool = True
+    keep_memory: bool = True  # on a CPU
 
 
 VARIANTS = (
-    Variant("plain: float32, NCHW, eager", False, False, False, tf32=False),
-    Variant("float32, channels_last, eager", False, True, False),
-    Variant("BF16, channels_last, eager", True, True, False),
-    Variant("default: BF16, channels_last, compiled", True, True, True),
+    Variant("plain: float32, NCHW, eager", False, False, False, tf32=False, keep_memory=False),
+    Variant("+ TF32 (CUDA), kept memory (CPU)", False, False, False),
+    Variant("+ channels_last", False, True, False),
+    Variant("+ BF16", True, True, False),
+    Variant("+ torch.compile: the default", True, True, True),
+)
+KINDS = (
+    "matrix multiplies",
+    "convolutions",
+    "norm, GELU, gate and other elementwise",
+    "copies",
+    "optimizer",
+    "average",
 )
 
 
@@ -52,7 +70,7 @@ def make_step(args: argparse.Namespace, variant: Variant, device: torch.device) 
     model = IsoNext(args.latent_channels, num_styles=2, hidden_dim=args.hidden_dim, num_layers=args.num_layers).to(
         device, memory_format=layout
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer, ema = make_optimizer(model, TrainingConfig()), EMA(model, 0.999)
     if variant.compile:
         model.compile(dynamic=False)
     shape = (2, args.batch_size, args.latent_channels, args.latent_size, args.latent_size)
@@ -65,8 +83,11 @@ def make_step(args: argparse.Namespace, variant: Variant, device: torch.device) 
 
     def step() -> None:
         allow_tf32(variant.tf32)
+        keep_freed_memory(variant.keep_memory)
         flow_loss(network, x0, x1, t, style).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        ema.update(model, 1000)
         optimizer.zero_grad(set_to_none=True)
 
     step.parameters = count_parameters(model)
@@ -96,6 +117,17 @@ def step_flops(args: argparse.Namespace) -> int:
     return args.batch_size * args.latent_size**2 * (3 * forward - 2 * stem)
 
 
+def step_bytes(args: argparse.Namespace) -> int:
+    """What the blocks of one step must read and write in BF16, where every operation is one pass over memory.
+
+    In units of one activation of D channels, forward: depthwise 2, norm 2, widen 1 + 4, GELU 4 + 4, narrow 4 + 1, gate
+    and residual 2 + 1. Backward: narrow 1 + 4 for its input and 1 + 4 for its weights, GELU 8 + 4, widen 4 + 1 and
+    4 + 1, norm 3 + 1, depthwise 2 and 2, gate and residual 3 + 1. Weights are small beside them.
+    """
+    activation = 2 * args.batch_size * args.latent_size**2 * args.hidden_dim
+    return args.num_layers * (25 + 44) * activation
+
+
 def matmul_rate(device: torch.device) -> float:
     """The best median rate of square BF16 multiplications, in operations a second."""
     best, sizes = 0.0, (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192)
@@ -106,42 +138,128 @@ def matmul_rate(device: torch.device) -> float:
     return best
 
 
+def copy_rate(device: torch.device) -> float:
+    """The best rate of a copy of 256 MiB, in bytes a second, those read and those written."""
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)  # zeros might be one page for all
+    target = torch.zeros_like(source)
+    return 2 * 2**28 / min(seconds(lambda: target.copy_(source), device) for _ in range(7))
+
+
+#################################################################################
+#                            Where the time goes                                #
+#################################################################################
+
+
+def kind_of(name: str) -> str | None:
+    """One of KINDS, by the name of a profiled operation."""
+    for words, kind in (
+        (("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"), KINDS[0]),
+        (("conv", "isonext::depthwise"), KINDS[1]),
+        (("adamw", "AdamW", "aten::_foreach_norm", "aten::linalg", "aten::_foreach_mul_"), KINDS[4]),
+        (("aten::_foreach_lerp",), KINDS[5]),
+        (("aten::copy_", "aten::clone", "aten::contiguous", "aten::fill_", "aten::zero_"), KINDS[3]),
+        (("CompiledFxGraph", "triton", "aten::"), KINDS[2]),
+    ):
+        if any(word in name for word in words):
+            return kind
+    return None
+
+
+def where_time_goes(step: Callable[[], None], device: torch.device, rounds: int) -> dict[tuple[str, str], float]:
+    """(kind of work, "forward", "backward" or "") -> milliseconds of a step; of each operation the median of rounds."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    steps = []
+    for _ in range(rounds):
+        with profile(activities=activities, acc_events=True) as profiled:
+            step()
+        events = sorted((e for e in profiled.events() if kind_of(e.name)), key=lambda e: e.time_range.start)
+        spent = [(e, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3) for e in events]
+        steps.append(spent)
+    usual = statistics.mode(len(spent) for spent in steps)
+    table = defaultdict(float)
+    for same in zip(*(spent for spent in steps if len(spent) == usual), strict=True):
+        event, kind = same[0][0], kind_of(same[0][0].name)
+        table[kind, side_of(event) if kind in KINDS[:3] else ""] += statistics.median(time for _, time in same)
+    return dict(table)
+
+
+def side_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:
+    while event is not None:
+        if "autograd::engine" in event.name or "Backward" in event.name:
+            return "backward"
+        event = event.cpu_parent
+    return "forward"
+
+
 def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
-    name = device_name(device)
     steps = {variant.name: make_step(args, variant, device) for variant in VARIANTS}
-    plain, default = VARIANTS[0].name, VARIANTS[-1].name
-    flops, rates = step_flops(args), [matmul_rate(device)]
+    matmul, copy = [matmul_rate(device)], [copy_rate(device)]
     times = {name: [] for name in steps}
     for _ in range(args.rounds):  # in turn, so that a noisy moment of the machine hits all alike
         for variant, step in steps.items():
             times[variant].append(seconds(step, device))
-    rates.append(matmul_rate(device))
-    medians = {variant: statistics.median(values) for variant, values in times.items()}
-    rate = max(rates)
+    matmul.append(matmul_rate(device))
+    copy.append(copy_rate(device))
+    medians = {variant: 1e3 * statistics.median(values) for variant, values in times.items()}
+    table = where_time_goes(steps[VARIANTS[-1].name], device, args.rounds)
+    result = figures(args, device, steps[VARIANTS[0].name].parameters, medians, max(matmul), max(copy))
+    print_tables(result, medians, table)
+    result["variants_ms"] = {name: round(value, 2) for name, value in medians.items()}
+    result["where_ms"] = {" ".join(key).strip(): round(value, 2) for key, value in table.items()}
+    print(json.dumps(result))
+    return 0
 
-    print(f"{name}; D {args.hidden_dim}, N {args.num_layers}, batch {args.batch_size}, "
-          f"{args.latent_channels} x {args.latent_size} x {args.latent_size}, "
-          f"{steps[plain].parameters / 1e6:.2f} M parameters, {flops / 1e9:.0f} GFLOP a step")  # fmt: skip
-    print(f"BF16 matrix multiply: {rate / 1e9:.0f} GFLOP/s")
-    for variant, median in medians.items():
-        share = flops / median / rate
-        print(f"{variant:42s}{median * 1e3:9.1f} ms   {medians[plain] / median:5.2f} x   {share:5.1%} of matmul rate")
+
+def figures(
+    args: argparse.Namespace,
+    device: torch.device,
+    parameters: int,
+    medians: dict[str, float],  # milliseconds by variant
+    matmul: float,  # operations a second
+    copy: float,  # bytes a second
+) -> dict:
+    flops, moved = step_flops(args), step_bytes(args)
+    plain, default = (medians[VARIANTS[place].name] for place in (0, -1))
+    floor = 1e3 * (flops / matmul + moved / copy)
     result = {
-        "plain_ms": round(medians[plain] * 1e3, 2),
-        "default_ms": round(medians[default] * 1e3, 2),
-        "ratio": round(medians[plain] / medians[default], 3),
-        "matmul_share": round(flops / medians[default] / rate, 4),
-        "matmul_gflops": round(rate / 1e9, 1),
-        "step_gflop": round(flops / 1e9, 2),
-        "device": name,
+        "device": device_name(device),
         "shape": [args.hidden_dim, args.num_layers, args.batch_size, args.latent_channels, args.latent_size],
+        "parameters": parameters,
+        "step_gflop": round(flops / 1e9, 2),
+        "step_gb": round(moved / 1e9, 3),
+        "matmul_gflops": round(matmul / 1e9, 1),
+        "copy_gb_s": round(copy / 1e9, 2),
+        "plain_ms": round(plain, 2),
+        "default_ms": round(default, 2),
+        "ratio": round(plain / default, 3),
+        "floor_ms": round(floor, 2),
+        "matmul_share": round(1e3 * flops / matmul / default, 4),
+        "floor_share": round(floor / default, 4),
     }
     if device.type == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 3)
+    return result
+
+
+def print_tables(result: dict, medians: dict[str, float], table: dict[tuple[str, str], float]) -> None:
+    d, n, batch, channels, side = result["shape"]
+    size = f"D {d}, N {n}, batch {batch}, {channels} x {side} x {side}, {result['parameters'] / 1e6:.2f} M parameters"
+    compute = f"{result['step_gflop']:.0f} GFLOP at {result['matmul_gflops']:.0f} GFLOP/s (BF16 matrix multiply)"
+    traffic = f"{result['step_gb']:.2f} GB at {result['copy_gb_s']:.1f} GB/s (copy)"
+    print(f"{result['device']}; {size}\nfloor: {compute} and {traffic}: {result['floor_ms']:.0f} ms\n")
+    for name, median in medians.items():
+        share = result["step_gflop"] / median / result["matmul_gflops"] * 1e3
+        print(f"{name:36s}{median:9.1f} ms   {result['plain_ms'] / median:5.2f} x   {share:5.1%} of matmul rate")
+    print(f"\nwhere the default's time goes{'':20s}ms   share")
+    whole = sum(table.values())
+    for (kind, side), spent in sorted(
+        table.items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1] != "forward")
+    ):
+        print(f"  {f'{kind}, {side}' if side else kind:44s}{spent:6.1f}   {spent / whole:5.1%}")
+    if "peak_memory_gb" in result:
         print(f"peak memory of all variants together: {result['peak_memory_gb']} GB reserved")
-    print(json.dumps(result))
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -315,7 +315,10 @@ def test_step_benchmark_ends_with_one_json_line():
     done = call(ROOT, "benchmarks/train_step.py", *flags)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert {"plain_ms", "default_ms", "ratio", "matmul_share", "device"} <= figures.keys()
+    assert {"plain_ms", "default_ms", "ratio", "matmul_share", "floor_share", "device"} <= figures.keys()
+    assert {"matrix multiplies forward", "matrix multiplies backward", "optimizer", "average"} <= figures[
+        "where_ms"
+    ].keys()
     # By hand: 128 positions; stem and head 9 * 4 * 32 = 1152 multiply-adds each, depthwise 49 * 32 = 1568, pointwise
     # 2 * 32 * 128 = 8192, so 12064 forward; three times that, less the stem's input gradient; two operations each.
     assert figures["step_gflop"] == round(128 * 2 * (3 * 12064 - 1152) / 1e9, 2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
 from flow import flow_loss
 from model import AdaGN, Block, DepthwiseConv, IsoNext, TimestepEmbedding, count_parameters
@@ -317,3 +318,35 @@ def test_depthwise_gradients_in_bf16_on_a_cpu_are_those_of_float64(batch, dim, h
     # BF16 keeps 8 bits: inputs, products' sums and results are each off by at most 2^-8 of their size.
     for ours, theirs in ((x, x64), (layer.weight, reference.weight), (layer.bias, reference.bias)):
         assert relative_error(ours.grad.double(), theirs.grad) < 2**-7
+
+
+#################################################################################
+#                                   Compiled                                    #
+#################################################################################
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_compiled_blocks_share_one_graph_that_can_be_cached_and_change_no_number(checkpointing):
+    plain, compiled = random_model(), random_model()
+    plain.gradient_checkpointing = compiled.gradient_checkpointing = checkpointing
+    x, t, style = inputs(count=2)
+    graphs = []
+
+    def backend(graph, _inputs):
+        check_cacheable(graph)  # raises where torch.compile could not find it again at the next start
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled.compile(backend=backend)
+    outputs = []
+    for model in (plain, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(x, t, style))
+        outputs[-1].square().sum().backward()
+    assert len(compiled.blocks) > 1 and len(graphs) == 1
+    assert torch.equal(*outputs)
+    for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    compiled.uncompile()
+    assert torch.equal(compiled(x, t, style), plain(x, t, style)) and len(graphs) == 1
