@@ -23,6 +23,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import add_device_flags, new_parser, run
+from cost import step_flops
 from device import allow_tf32, autocast, device_name, has_bf16, pick_device
 from flow import flow_loss
 from model import IsoNext, count_parameters
@@ -83,19 +84,6 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def step_flops(args: argparse.Namespace) -> int:
-    """Floating-point operations of the convolutions and pointwise layers of one step, two a multiply-add.
-
-    Forward, and twice that backward, less the gradient of the input, which nobody asks for. (PyTorch's FlopCounterMode
-    counts the backward of a depthwise convolution as if it were dense.)
-    """
-    d, c = args.hidden_dim, args.latent_channels
-    stem = head = 9 * c * d
-    block = 49 * d + 2 * d * 4 * d
-    forward = 2 * (stem + args.num_layers * block + head)
-    return args.batch_size * args.latent_size**2 * (3 * forward - 2 * stem)
-
-
 def matmul_rate(device: torch.device) -> float:
     """The best median rate of square BF16 multiplications, in operations a second."""
     best, sizes = 0.0, (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192)
@@ -111,7 +99,8 @@ def main(args: argparse.Namespace) -> int:
     name = device_name(device)
     steps = {variant.name: make_step(args, variant, device) for variant in VARIANTS}
     plain, default = VARIANTS[0].name, VARIANTS[-1].name
-    flops, rates = step_flops(args), [matmul_rate(device)]
+    shape = args.latent_size, args.latent_channels, args.hidden_dim, args.num_layers
+    flops, rates = step_flops(args.batch_size, *shape), [matmul_rate(device)]
     times = {name: [] for name in steps}
     for _ in range(args.rounds):  # in turn, so that a noisy moment of the machine hits all alike
         for variant, step in steps.items():
