@@ -16,7 +16,7 @@ from device import has_bf16
 from latents import LatentSpec, StoreMeta, read_meta
 
 GIB = 2**30
-USED = 0.9  # of the free memory: kernels have workspaces, allocators gaps, and neither is in the estimate
+USED = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
 CONTEXT = GIB // 2  # of a card, taken by CUDA before the first tensor
 ENOUGH = 8  # pictures at once that keep a device busy
 
