@@ -84,8 +84,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(**tree)
 
 
-def build_model(config: Config, spec: LatentSpec) -> nn.Module:
-    """The network of a config, with what is counted taken from the store; a disagreement is an error."""
+def network_options(config: Config, spec: LatentSpec) -> dict[str, int]:
+    """The arguments of a config's network, with what is counted taken from the store; a disagreement is an error."""
     options = dataclasses.asdict(config.model)
     options.pop("type")
     counted = {"latent_channels": spec.channels, "num_styles": len(spec.styles)}
@@ -94,7 +94,12 @@ def build_model(config: Config, spec: LatentSpec) -> nn.Module:
             raise UserError(f"model.{name} = {options[name]}, but the latents have {count}; leave the key out")
     if config.data.num_classes not in (None, len(spec.styles)):
         raise UserError(f"data.num_classes = {config.data.num_classes}, but the latents have {len(spec.styles)} styles")
-    return IsoNext(**options | counted, gradient_checkpointing=config.training.gradient_checkpointing)
+    return options | counted
+
+
+def build_model(config: Config, spec: LatentSpec) -> nn.Module:
+    """The network of a config and a store; whether its blocks are recomputed in training is the trainer's affair."""
+    return IsoNext(**network_options(config, spec))
 
 
 def load_model(checkpoint: Checkpoint, path: str | Path, device: torch.device) -> nn.Module:

@@ -56,8 +56,8 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
         if args.debug or type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for a --help
             raise
         print(
-            "error: the device is out of memory; for training try --set training.gradient_checkpointing=true, then "
-            "--set training.micro_batch_size=16; for pictures a smaller --batch_size or --size",
+            "error: the device is out of memory; for training try --set training.gradient_checkpointing=true and the "
+            "flags that train.py --plan gives, or a smaller model; for pictures a smaller --batch_size or --size",
             file=sys.stderr,
         )
         status = 2

@@ -4,7 +4,7 @@
     config.training.batch_size
 
 An unknown key, a wrong type and a value out of range are errors that name the key and what is allowed.
-`None` means "counted or chosen for you": see the line of the key.
+`None` and "auto" mean "counted or chosen for you": see the line of the key.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cli import UserError
 
@@ -45,7 +45,9 @@ class ModelConfig:
 @dataclass
 class TrainingConfig:
     batch_size: int = key(64, "pictures an optimiser step, over all processes", 1)
-    micro_batch_size: int | None = key(None, "pictures at once on a device; less memory, same gradients", 1)
+    micro_batch_size: int | Literal["auto"] | None = key(
+        "auto", "pictures at once on a device, same gradients; auto is what fits, null the whole batch", 1
+    )
     learning_rate: float = key(1e-4, "AdamW's peak rate; small models (D 128) take 1e-3 to 4e-3", 0)
     stage1_epochs: int = key(200, "passes over the training pictures", 1)
     warmup_steps: int = key(500, "linear warm-up of the rate: early steps are noisy", 0)
@@ -63,7 +65,9 @@ class TrainingConfig:
     tf32: bool = key(True, "TF32 for what stays float32 on CUDA")
     channels_last: bool = key(True, "NHWC memory: what depthwise and pointwise layers are fast in")
     compile: bool = key(True, "torch.compile; falls back with a warning where no compiler is found")
-    gradient_checkpointing: bool = key(False, "recompute blocks backwards: far less memory, a second forward")
+    gradient_checkpointing: bool | Literal["auto"] = key(
+        "auto", "recompute blocks backwards: far less memory, a second forward; auto is off where 8 pictures fit so"
+    )
     num_workers: int = key(4, "processes that decode pictures in preprocessing; 0 is in this process", 0, 256)
     log_every_steps: int = key(20, "a line in metrics.jsonl and TensorBoard", 1)
     save_every_epochs: int = key(10, "a checkpoint and a preview picture", 1)
@@ -118,6 +122,7 @@ class InferenceConfig:
     noise_samples: int = key(1, "flowedit's noises, of which it takes the mean; each costs a transfer", 1)
 
 
+UNIONS = (types.UnionType, typing.Union)  # `int | None` is the one, `int | Literal["auto"]` the other
 SETTINGS = tuple(entry.name for entry in dataclasses.fields(InferenceConfig))  # each of them a flag of inference.py
 # Those that fix a leg: a kept structure brings them along.
 OF_THE_LEGS = ("method", "num_steps", "time_grid", "time_shift", "inversion", "tolerance", "noise_samples")
@@ -216,10 +221,10 @@ def _checked(value: Any, hint: Any, spec: types.MappingProxyType, where: str) ->
     allowed = _describe(hint, spec)
     if value is None and "null" in spec["choices"]:  # --set inference.guidance=null is read as JSON
         return "null"
-    if isinstance(hint, types.UnionType):  # `T | None`
-        if value is None:
-            return None
-        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in UNIONS:  # `T | None`, `T | Literal["auto"]`: T comes first
+        hint, *others = typing.get_args(hint)
+        if any(value is None if other is types.NoneType else value in typing.get_args(other) for other in others):
+            return value
     if typing.get_origin(hint) is tuple:
         entries = typing.get_args(hint)
         if not isinstance(value, list | tuple) or len(value) != len(entries):
@@ -239,8 +244,10 @@ def _checked(value: Any, hint: Any, spec: types.MappingProxyType, where: str) ->
 def _describe(hint: Any, spec: types.MappingProxyType) -> str:
     if spec["choices"]:
         return "one of " + ", ".join(spec["choices"])
-    if isinstance(hint, types.UnionType):
-        return _describe(typing.get_args(hint)[0], spec) + " or null"
+    if typing.get_origin(hint) in UNIONS:
+        hint, *others = typing.get_args(hint)
+        words = ["null" if other is types.NoneType else ", or ".join(typing.get_args(other)) for other in others]
+        return ", or ".join([_describe(hint, spec), *words])
     if typing.get_origin(hint) is tuple:
         count = len(typing.get_args(hint))
         return f"a list of {count}, each {_describe(typing.get_args(hint)[0], spec)}"

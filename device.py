@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from cli import UserError
@@ -40,6 +41,13 @@ def has_bf16(device: torch.device) -> bool:
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     """BF16 autocast for the network alone; the state of the flow, its path and its loss stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody has: a card's own, elsewhere the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def device_name(device: torch.device) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from cost import footprint
 from device import autocast
 from flow import Field, flow_loss
 from model import IsoNext, count_parameters
@@ -95,19 +96,11 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
 #################################################################################
 
 
-def activation_bytes(model: IsoNext, batch: int, side: int) -> int:
-    """What one BF16 training step keeps for its backward pass, at 2 bytes a value: an estimate from the layers.
-
-    A block without recomputing keeps its input, the depthwise output (and a float32 copy for the norm), the norm's
-    output, the widened values before and after GELU, and the narrowed ones.
-    """
-    d, n, wide = model.stem.out_channels, len(model.blocks), model.blocks[0].widen.out_features
-    block = 2 * (4 * d + 2 * wide) + 4 * d
-    values = block + 2 * d * n if model.gradient_checkpointing else block * n
-    return values * batch * side**2
-
-
 def check_memory(check: Checks, device: torch.device) -> None:
+    def estimate(side: int, recompute: bool) -> float:
+        network = {"latent_channels": 4, "num_styles": STYLES, "hidden_dim": 384, "num_layers": 12}
+        return footprint(side, True, True, recompute, **network).peak(64) / 2**30
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         model = IsoNext(4, STYLES, gradient_checkpointing=True).to(device, memory_format=torch.channels_last)
@@ -115,14 +108,12 @@ def check_memory(check: Checks, device: torch.device) -> None:
         shadow = copy.deepcopy(model)  # the EMA
         timed_step(model, optimizer, device, batch=64, side=64, bf16=True)()
         peak = torch.cuda.max_memory_reserved(device) / 2**30
-        check("D 384, N 12, batch 64 at 512 px fits 8 GB", peak < 8, f"measured peak {peak:.2f} GB")
+        detail = f"measured peak {peak:.2f} GB, estimated {estimate(64, True):.2f} GB"
+        check("D 384, N 12, batch 64 at 512 px fits 8 GB", peak < 8, detail)
         del shadow
         return
-    with torch.device("meta"):
-        models = {recompute: IsoNext(4, STYLES, gradient_checkpointing=recompute) for recompute in (False, True)}
-    weights = 20 * count_parameters(models[True])  # float32: weights, gradients, two moments, EMA
     for side in (32, 64):
-        sizes = [(weights + activation_bytes(models[recompute], 64, side)) / 2**30 for recompute in (False, True)]
+        sizes = [estimate(side, recompute) for recompute in (False, True)]
         detail = f"{sizes[0]:.1f} GB, with gradient_checkpointing {sizes[1]:.1f} GB (estimated, not measured)"
         check(f"D 384, N 12, batch 64 at {8 * side} px on a GPU", min(sizes) < 8, detail)
 

@@ -2,6 +2,7 @@
 
 python train.py                                  # config.json, one process, GPU or CPU
 python train.py --resume                         # go on from the newest checkpoint
+python train.py --plan --vram 8                  # what it costs and how it fits 8 GiB; trains nothing
 torchrun --nproc_per_node 2 train.py             # the same run on two processes, GPUs or CPUs
 
 Randomness is a function of (seed, step): stopping and going on changes nothing.
@@ -9,7 +10,7 @@ Randomness is a function of (seed, step): stopping and going on changes nothing.
 
 import argparse
 
-from cli import new_parser, run
+from cli import UserError, new_parser, run
 from config import load_config
 
 
@@ -27,10 +28,23 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument(
         "--init", metavar="CHECKPOINT", help="start from the weights of another run; new styles get new embeddings"
     )
+    start.add_argument(
+        "--plan", action="store_true", help="only print what a run costs, and the flags that make it fit"
+    )
+    parser.add_argument(
+        "--vram", type=float, metavar="GIB", help="memory of the card that --plan is for; by default this one's, or 8"
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.plan:
+        from plan import print_plan
+
+        print_plan(load_config(args.config, args.overrides), args.vram)
+        return 0
+    if args.vram is not None:
+        raise UserError("--vram is of --plan: python train.py --plan --vram 8")
     from trainer import train  # torch takes seconds to import, and --help should not
 
     trainer = train(load_config(args.config, args.overrides), args.resume, args.init)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,7 +29,7 @@ from checkpoint import (
 )
 from cli import UserError, stop_signals
 from config import Config
-from device import allow_tf32, autocast, has_bf16, prepare_process
+from device import allow_tf32, autocast, free_bytes, has_bf16, prepare_process
 from files import remove_unfinished
 from flow import flow_loss
 from guard import Guard
@@ -38,6 +39,7 @@ from logbook import Logbook
 from model import count_parameters
 from optimizer import learning_rate, make_optimizer
 from pipeline import Pipeline, transfer_settings
+from plan import USED, choose_cut, needs_of, reduced
 from resume import check_resume, in_units_of, take_over
 
 #################################################################################
@@ -67,9 +69,12 @@ class Trainer:
         self._check_sizes()
         self.base = base_of(self.train, training)
 
+        self.share = training.batch_size // self.accelerator.num_processes
+        self.cut = choose_cut(training, self.share, self._memory(), needs_of(config, self.spec, self.bf16))
         torch.manual_seed(training.seed)
         layout = torch.channels_last if training.channels_last else torch.contiguous_format
         self.model = build_model(config, self.spec).to(self.device, memory_format=layout)
+        self.model.gradient_checkpointing = self.cut.recompute
         self.ema = EMA(self.model, training.ema_decay)
         self.optimizer = make_optimizer(self.model, training)
         self.step, self.guard = 0, Guard()
@@ -95,6 +100,10 @@ class Trainer:
             )
         if batch % world:
             raise UserError(f"training.batch_size = {batch} cannot be shared by {world} processes evenly")
+
+    def _memory(self) -> float:
+        """Bytes that this process may take; a CPU's memory is shared by all of them."""
+        return USED * free_bytes(self.device) / (1 if self.device.type == "cuda" else self.accelerator.num_processes)
 
     def _start(self, resume: str | None) -> None:
         """From the beginning, or where a checkpoint of this run stands."""
@@ -130,7 +139,7 @@ class Trainer:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.losses(self.model, self._share(self.step)[0]).mean().backward()
+                self._fitting(lambda: self.losses(self.model, self._share(self.step)[0]).mean().backward())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, an unsupported platform: many types, one answer
@@ -148,7 +157,7 @@ class Trainer:
         training, accelerator = self.config.training, self.accelerator
         batch = draw_batch(self.train, self.base, training, step, self.model.null_style)
         own = batch.part(slice(accelerator.process_index, None, accelerator.num_processes))
-        size = min(training.micro_batch_size or len(own.t), len(own.t))
+        size = self.cut.pictures
         parts = [own.part(slice(start, start + size)) for start in range(0, len(own.t), size)]
         return [part.to(self.device, training.channels_last) for part in parts]
 
@@ -161,18 +170,43 @@ class Trainer:
 
         return flow_loss(in_bf16, batch.x0, batch.x1, batch.t, batch.style)
 
-    def train_step(self) -> float:
-        """One optimiser step; returns the gradient's norm before clipping. What the guard refuses changes nothing."""
-        training = self.config.training
-        parts = self._share(self.step)
+    def _fitting(self, work: Callable[[], Any]) -> Any:
+        """What `work()` returns; where memory runs out its gradients are dropped and it begins again in smaller parts.
+
+        Not with several processes: those that went on would wait for ever for the one that begins again.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                cut = self.cut.smaller(self.config.training)
+                if cut is None or self.accelerator.num_processes > 1:
+                    raise
+            # Only here, where the error is gone, does nothing hold on to the tensors of the attempt.
+            how = cut.pictures if cut.pictures < self.cut.pictures else "blocks recomputed backwards"
+            print(f"out of memory in a micro-batch of {self.cut.pictures}: going on with {how}")
+            self.cut, self.model.gradient_checkpointing = cut, cut.recompute
+            self.model.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def accumulate(self) -> Tensor:
+        """The gradients of this process's share, one micro-batch after another: (2, 4) losses and counts by quarter."""
+        parts, sums = self._share(self.step), torch.zeros(2, 4, device=self.device)
         size = sum(len(part.t) for part in parts)
         for number, part in enumerate(parts):
             with nullcontext() if number == len(parts) - 1 else self.accelerator.no_sync(self.network):
                 losses = self.losses(self.network, part)
                 self.accelerator.backward(losses.sum() / size)
             quarter = (part.t * 4).long().clamp(max=3)
-            self.quarter_sums[0].index_add_(0, quarter, losses.detach())
-            self.quarter_sums[1].index_add_(0, quarter, torch.ones_like(losses))
+            sums[0].index_add_(0, quarter, losses.detach())
+            sums[1].index_add_(0, quarter, torch.ones_like(losses))
+        return sums
+
+    def train_step(self) -> float:
+        """One optimiser step; returns the gradient's norm before clipping. What the guard refuses changes nothing."""
+        training = self.config.training
+        sums = self._fitting(self.accumulate)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip or math.inf).item()
         if self.guard.passes(norm):
             self.clipped += 0 < training.grad_clip < norm
@@ -180,8 +214,7 @@ class Trainer:
                 group["lr"] = learning_rate(training, self.step, self.total_steps)
             self.optimizer.step()
             self.ema.update(self.model, self.step)
-        else:
-            self.quarter_sums.zero_()
+            self.quarter_sums += sums
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return norm
@@ -294,8 +327,8 @@ class Trainer:
         chosen = torch.randperm(len(self.val), generator=generator)[:count]
         noise = torch.randn(count, *self.val.latents.shape[2:], generator=generator)
         times = (torch.arange(count) + 0.5) / count  # spread evenly, so that few pictures suffice
-        for start in range(0, count, self.config.training.batch_size):
-            part = slice(start, start + self.config.training.batch_size)
+        for start in range(0, count, self.cut.pictures):  # of which training has shown that they fit
+            part = slice(start, start + self.cut.pictures)
             x1, style = self.val.batch(chosen[part])
             batch = Batch(self.base.x0(noise[part], x1, style), x1, times[part], style)
             total += self.losses(self.ema.model, batch.to(self.device, self.config.training.channels_last)).sum().item()
@@ -343,6 +376,7 @@ def train(config: Config, resume: str | None = None, init: str | None = None, qu
             f"{count_parameters(trainer.model) / 1e6:.2f} M parameters, {len(trainer.train)} pictures in "
             f"{len(trainer.spec.styles)} styles ({', '.join(trainer.spec.styles)}), {len(trainer.val)} held out, "
             f"{trainer.total_steps} steps on {trainer.device} in {'BF16' if trainer.bf16 else 'float32'}"
+            f"{reduced(config.training, trainer.cut, trainer.share)}"
         )
         trainer.fit(stop, quiet)
     return trainer

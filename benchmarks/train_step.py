@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import EMA
 from cli import add_device_flags, new_parser, run
 from config import TrainingConfig
+from cost import step_flops
 from device import allow_tf32, autocast, device_name, has_bf16, keep_freed_memory, pick_device
 from flow import flow_loss
 from model import IsoNext, count_parameters
@@ -102,19 +103,6 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-def step_flops(args: argparse.Namespace) -> int:
-    """Floating-point operations of the convolutions and pointwise layers of one step, two a multiply-add.
-
-    Forward, and twice that backward, less the gradient of the input, which nobody asks for. (PyTorch's FlopCounterMode
-    counts the backward of a depthwise convolution as if it were dense.)
-    """
-    d, c = args.hidden_dim, args.latent_channels
-    stem = head = 9 * c * d
-    block = 49 * d + 2 * d * 4 * d
-    forward = 2 * (stem + args.num_layers * block + head)
-    return args.batch_size * args.latent_size**2 * (3 * forward - 2 * stem)
 
 
 def step_bytes(args: argparse.Namespace) -> int:
@@ -220,7 +208,8 @@ def figures(
     matmul: float,  # operations a second
     copy: float,  # bytes a second
 ) -> dict:
-    flops, moved = step_flops(args), step_bytes(args)
+    shape = args.latent_size, args.latent_channels, args.hidden_dim, args.num_layers
+    flops, moved = step_flops(args.batch_size, *shape), step_bytes(args)
     plain, default = (medians[VARIANTS[place].name] for place in (0, -1))
     floor = 1e3 * (flops / matmul + moved / copy)
     result = {

@@ -324,6 +324,18 @@ def test_step_benchmark_ends_with_one_json_line():
     assert figures["step_gflop"] == round(128 * 2 * (3 * 12064 - 1152) / 1e9, 2)
 
 
+def test_plan_benchmark_finds_the_estimate_near_what_is_measured():
+    done = call(ROOT, "benchmarks/plan.py", "--device", "cpu", "--sizes", "32x2x16x8", "64x1x8x4")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["size"], row["checkpointing"]) for row in figures["rows"]] == [
+        (size, recompute) for size in ("32x2x16x8", "64x1x8x4") for recompute in (False, True)
+    ]
+    assert figures["worst"] == max(abs(row["error"]) for row in figures["rows"]) <= 0.15
+    done = call(ROOT, "benchmarks/plan.py", "--sizes", "32x2x16")
+    refused((done.returncode, done.stdout, done.stderr), "32x2x16", "DxNxSIDExPICTURES")
+
+
 def test_solver_benchmark_tells_which_method_comes_back(studio):
     flags = ["--checkpoint", CHECKPOINT, "--data", "raw_data", "--pictures", "3", "--steps", "4", "--grids", "uniform"]
     done = call(studio, "benchmarks/solvers.py", *flags, "--methods", "alf", "euler", "rk4", "rk4+fixed_point")

@@ -23,6 +23,7 @@ OPTIONAL = {
     "data.num_classes",
     "inference.latent_clamp",
 }
+AUTO = {"training.micro_batch_size", "training.gradient_checkpointing"}
 PAIRS = {"training.betas", "inference.cfg_interval"}
 WRONG = {
     int: ["7", 1.5, 4.0, True, [1], {}, math.nan],
@@ -83,7 +84,11 @@ def test_a_value_out_of_range_is_an_error_with_key_value_and_what_is_allowed(nam
     [
         ("training.batch_size", 0, "a whole number, 1 or more"),
         ("training.label_drop_prob", 1.01, "a number from 0 to 1"),
-        ("training.micro_batch_size", 0, "a whole number, 1 or more or null"),
+        ("training.micro_batch_size", 0, "a whole number, 1 or more, or auto, or null"),
+        ("training.micro_batch_size", "Auto", "a whole number, 1 or more, or auto, or null"),
+        ("training.gradient_checkpointing", "on", "true or false, or auto"),
+        ("training.gradient_checkpointing", None, "true or false, or auto"),
+        ("data.num_classes", 0, "a whole number, 1 or more, or null"),
         ("inference.cfg_interval", [0.9], "a list of 2, each a number from 0 to 1"),
         ("training.use_amp", 1, "true or false"),
         ("autoencoder.name", 4, "a text"),
@@ -131,6 +136,24 @@ def test_optional_keys_take_null_and_are_the_only_ones(name):
     section, _, entry = name.partition(".")
     assert getattr(getattr(with_value(name, None), section), entry) is None
     assert {key for key, hint in HINTS.items() if type(None) in typing.get_args(hint)} == OPTIONAL
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_auto_is_taken_by_those_keys_alone_that_have_it(name):
+    section, _, entry = name.partition(".")
+    if name in AUTO:
+        assert getattr(getattr(load_config(None, [f"{name}=auto"]), section), entry) == "auto"
+    elif HINTS[name] is not str or KEYS[name].metadata["choices"]:
+        with pytest.raises(UserError, match="must be"):
+            with_value(name, "auto")
+
+
+@pytest.mark.parametrize("values", [(None, False), (16, True), (1, False)])
+def test_what_configs_said_before_there_was_auto_still_holds(values):
+    training = config_from_dict(
+        {"training": dict(zip(("micro_batch_size", "gradient_checkpointing"), values, strict=True))}
+    ).training
+    assert (training.micro_batch_size, training.gradient_checkpointing) == values
 
 
 def test_a_whole_number_becomes_a_float_where_a_float_is_meant_and_a_list_becomes_a_tuple():
@@ -294,6 +317,7 @@ def values_of(name: str) -> st.SearchStrategy:
         float: st.floats(low, high, allow_nan=False, allow_infinity=False),
     }
     values = st.tuples(by_type[kind], by_type[kind]).map(sorted).map(tuple) if name in PAIRS else by_type[kind]
+    values = values | st.just("auto") if name in AUTO else values
     return st.none() | values if name in OPTIONAL else values
 
 

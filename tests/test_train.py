@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 import latents
+import plan
 import ruler
+import trainer as trainer_module
 from base import Base, low_band
 from checkpoint import INTERRUPTED, epoch_checkpoints, load_checkpoint
 from cli import UserError
@@ -20,6 +22,8 @@ from config import TrainingConfig
 from latents import Batch, LatentSpec, LatentSplit
 from logbook import read_metrics
 from metrics import train_style_classifier
+from model import IsoNext
+from plan import Cut
 from trainer import Trainer, draw_batch, learning_rate, train
 
 FOUR_EPOCHS = {"training.stage1_epochs": 4}
@@ -248,6 +252,20 @@ def test_micro_batches_give_the_same_weights_within_rounding(config, size):
     torch.testing.assert_close(runs[1].quarter_sums, runs[0].quarter_sums, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 7])
+def test_accumulated_gradients_are_those_of_the_whole_batch_within_float32_rounding(config, size):
+    changes = {"training.use_amp": False, "training.batch_size": 8}
+    runs = [Trainer(config(changes | {"training.micro_batch_size": micro})) for micro in (None, size)]
+    for trainer in runs:
+        torch.manual_seed(1)
+        torch.nn.init.normal_(trainer.model.head.weight)  # at zero, nothing behind it would have a gradient
+        trainer.accumulate()
+    whole, parts = (dict(trainer.model.named_parameters()) for trainer in runs)
+    for name in whole:
+        error = (parts[name].grad - whole[name].grad).norm() / whole[name].grad.norm()
+        assert error < 5e-6, f"{name}: {error}"  # some tens of roundings of 2^-24
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(config):
     free, bound = (Trainer(config({"training.grad_clip": clip, "training.betas": [0, 0]})) for clip in (0, 1e-9))
     assert free.train_step() == pytest.approx(bound.train_step(), rel=1e-6) and free.train_step() > 0
@@ -296,6 +314,143 @@ def test_19_in_a_row_do_not_end_the_run_and_are_logged(config, store):
     assert [line["skipped_steps"] for line in lines] == [*range(1, 20), 19, 19, 19]
     assert all("loss" not in line for line in lines[:19]) and all(line["loss"] > 0 for line in lines[19:])
     json.dumps(lines, allow_nan=False)
+
+
+#################################################################################
+#                              When memory runs out                             #
+#################################################################################
+
+
+class Card:
+    """A network that runs out of memory, forwards or backwards, with more pictures at once than it has room for."""
+
+    def __init__(self, monkeypatch, room: int, room_recomputing: int | None = None, backwards: bool = False) -> None:
+        real, self.seen, self.attempts = IsoNext.forward, [], 0
+
+        def forward(model, x, t, style):
+            training = torch.is_grad_enabled()
+            limit = room_recomputing if model.gradient_checkpointing and room_recomputing else room
+            self.seen += [len(x)] * training
+            if not training or len(x) <= limit:
+                return real(model, x, t, style)
+            self.attempts += 1
+            if not backwards:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\na lot")
+            handle = model.stem.weight.register_hook(lambda gradient: fail())  # all others have theirs by then
+
+            def fail() -> None:
+                handle.remove()
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+            return real(model, x, t, style)
+
+        monkeypatch.setattr(IsoNext, "forward", forward)
+
+
+EIGHT = {"training.batch_size": 8, "training.stage1_epochs": 4, "training.log_every_steps": 3} | NO_FILES
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_out_of_memory_halves_the_micro_batch_and_the_run_is_that_of_the_smaller_one(
+    config, store, monkeypatch, capsys, backwards
+):
+    train(config(EIGHT | {"training.micro_batch_size": 2}, "small"), quiet=True)
+    capsys.readouterr()
+    card = Card(monkeypatch, 2, backwards=backwards)
+    halved = train(config(EIGHT, "halved"), quiet=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert lines == [f"out of memory in a micro-batch of {n}: going on with {n // 2}" for n in (8, 4)]
+    assert card.attempts == 2 and card.seen == [8, 4] + [2] * 4 * halved.total_steps
+    one, other = (torch.load(store / name / "stage1_epoch4.pt", weights_only=True) for name in ("small", "halved"))
+    for part in ("model", "ema", "optimizer"):
+        assert_same(one[part], other[part], part)
+    one, other = (read_metrics(store / name / "metrics.jsonl") for name in ("small", "halved"))
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert [line.get(name) for line in one] == [line.get(name) for line in other]
+    saved = load_checkpoint(store / "halved" / "stage1_epoch4.pt").config.training
+    assert saved.micro_batch_size == "auto", "what a machine has room for is none of the config"
+
+
+def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones_left(config, monkeypatch):
+    small, halved = (Trainer(config(EIGHT | {"training.micro_batch_size": size})) for size in (2, 4))
+    real, calls = halved.losses, []
+
+    def losses(network, part):
+        calls.append(len(part.t))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(network, part)
+
+    monkeypatch.setattr(halved, "losses", losses)
+    assert [small.train_step() for _ in range(3)] == [halved.train_step() for _ in range(3)]
+    assert calls == [4, 4] + [2] * 12
+    assert_same(state(small), state(halved))
+    assert torch.equal(small.quarter_sums, halved.quarter_sums) and small.quarter_sums[1].sum() == 24
+
+
+def test_at_one_picture_blocks_are_recomputed_where_that_is_left_to_the_program(config, monkeypatch, capsys):
+    card = Card(monkeypatch, room=0, room_recomputing=1)
+    trainer = Trainer(config(EIGHT | {"training.micro_batch_size": 2}))
+    trainer.train_step()
+    assert capsys.readouterr().out.splitlines() == [
+        "out of memory in a micro-batch of 2: going on with 1",
+        "out of memory in a micro-batch of 1: going on with blocks recomputed backwards",
+    ]
+    assert trainer.model.gradient_checkpointing and card.seen == [2, 1] + [1] * 8
+
+
+@pytest.mark.parametrize(("recompute", "sizes"), [(False, [2, 1]), (True, [2, 1]), ("auto", [2, 1, 1])])
+def test_where_nothing_is_left_to_cut_the_error_stands(config, monkeypatch, recompute, sizes):
+    card = Card(monkeypatch, room=0)
+    changes = {"training.micro_batch_size": 2, "training.gradient_checkpointing": recompute}
+    trainer = Trainer(config(EIGHT | changes))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step()
+    assert card.seen == sizes and trainer.step == 0
+
+
+def test_of_several_processes_none_begins_again_by_itself(config, monkeypatch):
+    card = Card(monkeypatch, room=2)
+    trainer = Trainer(config(EIGHT))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step()
+    assert card.seen == [4]  # its half of the batch, once
+
+
+def test_compiling_runs_out_of_memory_and_goes_on_too(config, monkeypatch, capsys):
+    use_backend(monkeypatch, "eager")
+    real, sizes = Trainer.losses, []
+
+    def losses(trainer, network, part):
+        sizes.append(len(part.t))
+        if len(part.t) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(trainer, network, part)
+
+    monkeypatch.setattr(Trainer, "losses", losses)
+    trainer = Trainer(config(EIGHT | {"training.compile": True}))
+    assert "going on with 4" in capsys.readouterr().out
+    assert trainer.model._compiled_call_impl is not None
+    trainer.train_step()
+    assert sizes == [8, 4, 4, 4]
+
+
+def test_auto_cuts_a_batch_that_does_not_fit_and_says_so_in_the_first_line(config, monkeypatch, capsys):
+    whole = train(config(EIGHT, "whole"), quiet=True)
+    assert "at once" not in capsys.readouterr().out and whole.cut == Cut(8, False)
+    needs = plan.needs_of(whole.config, whole.spec, whole.bf16)
+    for limit, cut, said in (
+        (needs(False).peak(7), Cut(8, True), ", blocks recomputed backwards"),
+        (needs(True).peak(5), Cut(4, True), ", 4 pictures at once, blocks recomputed backwards"),
+    ):
+        monkeypatch.setattr(trainer_module, "free_bytes", lambda device, limit=limit: limit / plan.USED + 1)
+        assert train(config(EIGHT, said), quiet=True).cut == cut
+        assert capsys.readouterr().out.splitlines()[0].endswith(f"in BF16{said}".replace("BF16", precision(whole)))
+
+
+def precision(trainer: Trainer) -> str:
+    return "BF16" if trainer.bf16 else "float32"
 
 
 #################################################################################

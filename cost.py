@@ -1,0 +1,122 @@
+"""What a training step costs, computed from the network before anything runs: operations, and bytes of memory.
+
+Memory is counted on one step of the real network with *fake* tensors, which have a shape and a type and no data: every
+storage that the step makes is added when it appears and taken off when the last tensor lets go of it. So the peak has
+in it what autograd saves, the largest passing tensors of the backward, and a checkpointed block that is recomputed. It
+is that of eager PyTorch; what a kernel uses inside, a compiler saves and an allocator wastes, it cannot see.
+"""
+
+import functools
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flow import flow_loss
+from model import IsoNext, count_parameters
+
+COPIES = 5  # of the parameters, in float32: themselves, gradients, AdamW's two moments, the average
+COUNTED = 4, 64  # micro-batches that are counted; between and beyond them memory is a straight line
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a training step's peak: a line over the pictures that are on the device at once."""
+
+    parameters: int
+    state: int  # bytes of parameters, gradients, moments, average
+    fixed: float  # bytes of a step whatever the pictures, such as weights in BF16
+    picture: float  # bytes that each picture adds
+
+    def peak(self, pictures: int) -> float:
+        return self.state + self.fixed + pictures * self.picture
+
+    def largest(self, limit: float) -> int:
+        """The most pictures whose peak stays within `limit` bytes; 0 where not one does."""
+        return max(0, int((limit - self.state - self.fixed) / self.picture))
+
+
+@functools.lru_cache
+def footprint(
+    side: int,  # of the latents, cells
+    bf16: bool,
+    channels_last: bool,
+    recompute: bool,  # gradient checkpointing
+    **network: int,  # the arguments of IsoNext
+) -> Footprint:
+    with FakeTensorMode():
+        model = IsoNext(**network, gradient_checkpointing=recompute)
+        for parameter in model.parameters():  # as in all micro-batches but the first
+            parameter.grad = torch.empty_like(parameter)
+        few, many = COUNTED
+        low, high = (_step_bytes(model, network["latent_channels"], side, n, bf16, channels_last) for n in COUNTED)
+    picture, parameters = (high - low) / (many - few), count_parameters(model)
+    return Footprint(parameters, 4 * COPIES * parameters, low - few * picture, picture)
+
+
+def _step_bytes(model: IsoNext, channels: int, side: int, pictures: int, bf16: bool, channels_last: bool) -> int:
+    """Peak bytes of forward, loss and backward, without those of the state."""
+    shape, layout = (pictures, channels, side, side), torch.channels_last if channels_last else torch.contiguous_format
+
+    def network(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # saves what a GPU's saves
+            return model(*inputs)
+
+    state = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
+    with _LiveBytes(state) as live:
+        x0, x1 = (torch.empty(shape, memory_format=layout) for _ in range(2))
+        t, style = torch.empty(pictures), torch.empty(pictures, dtype=torch.int64)
+        flow_loss(network, x0, x1, t, style).mean().backward()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Within, `now` is the bytes of all storages that operations made and somebody still holds; `peak`, the most."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        """`known`: tensors from before, which an operation in place also returns; they do not count."""
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self.alive.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def step_flops(
+    pictures: int,
+    side: int,  # of the latents, cells
+    latent_channels: int,
+    hidden_dim: int,
+    num_layers: int,
+    kernel_size: int = 7,
+    expansion: int = 4,
+    recompute: bool = False,  # gradient checkpointing
+) -> int:
+    """Floating-point operations of the convolutions and pointwise layers of one step, two a multiply-add.
+
+    Forward, and twice that backward, less the gradient of the input, which nobody asks for. (PyTorch's FlopCounterMode
+    counts the backward of a depthwise convolution as if it were dense.)
+    """
+    stem = head = 9 * latent_channels * hidden_dim
+    blocks = num_layers * (kernel_size**2 * hidden_dim + 2 * expansion * hidden_dim**2)
+    forward = stem + blocks + head
+    return 2 * pictures * side**2 * (3 * forward - stem + recompute * blocks)
