@@ -39,7 +39,7 @@ from logbook import Logbook
 from model import count_parameters
 from optimizer import learning_rate, make_optimizer
 from pipeline import Pipeline, transfer_settings
-from plan import USED, choose_cut, needs_of, reduced
+from plan import USED, Cut, choose_cut, needs_of, reduced
 from resume import check_resume, in_units_of, take_over
 
 #################################################################################
@@ -78,6 +78,7 @@ class Trainer:
         self.ema = EMA(self.model, training.ema_decay)
         self.optimizer = make_optimizer(self.model, training)
         self.step, self.guard = 0, Guard()
+        self.drawn: tuple[int, Cut, list[Batch]] | None = None  # a step whose share is ready
         self.clipped = 0  # steps since the last line of the log
         self.judge: Judge | None = None  # made at the first validation
         self._start(resume)
@@ -154,6 +155,8 @@ class Trainer:
 
     def _share(self, step: int) -> list[Batch]:
         """This process's share of the batch of `step`, cut into micro-batches."""
+        if self.drawn and self.drawn[:2] == (step, self.cut):
+            return self.drawn[2]
         training, accelerator = self.config.training, self.accelerator
         batch = draw_batch(self.train, self.base, training, step, self.model.null_style)
         own = batch.part(slice(accelerator.process_index, None, accelerator.num_processes))
@@ -207,6 +210,8 @@ class Trainer:
         """One optimiser step; returns the gradient's norm before clipping. What the guard refuses changes nothing."""
         training = self.config.training
         sums = self._fitting(self.accumulate)
+        if self.step + 1 < self.total_steps:  # drawn while a GPU still works on this step: the norm waits for it
+            self.drawn = self.step + 1, self.cut, self._share(self.step + 1)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip or math.inf).item()
         if self.guard.passes(norm):
             self.clipped += 0 < training.grad_clip < norm

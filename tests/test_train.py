@@ -273,15 +273,21 @@ def test_gradients_are_clipped_to_the_norm_asked_for(config):
     assert bound.model.head.weight.abs().max() < 0.2 * free.model.head.weight.abs().max()
 
 
+def exchange(trainer: Trainer, latents: np.ndarray | float) -> None:
+    """Other training latents from the next step on, which has been drawn already."""
+    trainer.train.latents[...] = latents
+    trainer.drawn = None
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config):
     trainer = Trainer(config())
     trainer.train_step()
     sound, before = trainer.train.latents.copy(), state(trainer)
-    trainer.train.latents[...] = np.inf
+    exchange(trainer, np.inf)
     assert not math.isfinite(trainer.train_step())
     assert_same(state(trainer), before)
     assert (trainer.step, trainer.guard.skipped, trainer.guard.in_a_row) == (2, 1, 1)
-    trainer.train.latents[...] = sound
+    exchange(trainer, sound)
     assert math.isfinite(trainer.train_step())
     assert (trainer.step, trainer.guard.skipped, trainer.guard.in_a_row) == (3, 1, 0)
     assert not torch.equal(trainer.model.head.weight, before["model"]["head.weight"])
@@ -290,7 +296,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config):
 def test_20_such_steps_in_a_row_end_the_run_in_one_line(config):
     trainer = Trainer(config({"training.stage1_epochs": 10} | NO_FILES))
     before = state(trainer)
-    trainer.train.latents[...] = np.inf
+    exchange(trainer, np.inf)
     with pytest.raises(UserError, match=r"not finite, or leapt, in 20 .* step 20; .*learning_rate") as caught:
         trainer.fit(quiet=True)
     assert "\n" not in str(caught.value)
@@ -301,11 +307,11 @@ def test_20_such_steps_in_a_row_end_the_run_in_one_line(config):
 def test_19_in_a_row_do_not_end_the_run_and_are_logged(config, store):
     trainer = Trainer(config({"training.stage1_epochs": 10} | NO_FILES))
     sound = trainer.train.latents.copy()
-    trainer.train.latents[...] = np.inf
+    exchange(trainer, np.inf)
 
     def stop() -> bool:
         if trainer.step == 19:
-            trainer.train.latents[...] = sound
+            exchange(trainer, sound)
         return trainer.step == 22
 
     trainer.fit(stop, quiet=True)
@@ -431,7 +437,7 @@ def test_compiling_runs_out_of_memory_and_goes_on_too(config, monkeypatch, capsy
     monkeypatch.setattr(Trainer, "losses", losses)
     trainer = Trainer(config(EIGHT | {"training.compile": True}))
     assert "going on with 4" in capsys.readouterr().out
-    assert trainer.model._compiled_call_impl is not None
+    assert all(block._compiled_call_impl for block in trainer.model.blocks)
     trainer.train_step()
     assert sizes == [8, 4, 4, 4]
 
