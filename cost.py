@@ -48,6 +48,7 @@ def footprint(
     recompute: bool,  # gradient checkpointing
     **network: int,  # the arguments of IsoNext
 ) -> Footprint:
+    """Of the training step of that network; computed once for the same arguments."""
     with FakeTensorMode():
         model = IsoNext(**network, gradient_checkpointing=recompute)
         for parameter in model.parameters():  # as in all micro-batches but the first

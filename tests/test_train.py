@@ -436,8 +436,8 @@ def test_compiling_runs_out_of_memory_and_goes_on_too(config, monkeypatch, capsy
 
     monkeypatch.setattr(Trainer, "losses", losses)
     trainer = Trainer(config(EIGHT | {"training.compile": True}))
-    assert "going on with 4" in capsys.readouterr().out
-    assert all(block._compiled_call_impl for block in trainer.model.blocks)
+    said = capsys.readouterr().out
+    assert "going on with 4" in said and "does not work here" not in said
     trainer.train_step()
     assert sizes == [8, 4, 4, 4]
 
