@@ -41,9 +41,10 @@ def picture_size(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path) as picture:
             width, height = picture.size
+            if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
+                return width, height  # of a TIFF upright already; a PNG would be decoded in search of a tag
             turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            # A TIFF's size is given as it will be when upright.
-            return (height, width) if turned and picture.format != "TIFF" else (width, height)
+            return (height, width) if turned else (width, height)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         return None
 
