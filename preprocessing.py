@@ -1,5 +1,6 @@
 """Folders of pictures to a latent store: what is there already, what is new, statistics and split."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -172,7 +173,7 @@ def encode(
     """
     batches = [range(len(todo))[start : start + BATCH] for start in range(0, len(todo), BATCH)]
     own = batches[rank() :: processes.world()]
-    workers = min(config.training.num_workers, len(own) * BATCH)
+    workers = min(config.training.num_workers, len(own) * BATCH, -(-(os.cpu_count() or 1) // processes.local_world()))
     loader = DataLoader(
         SquarePictures([path for _, path in todo], config.data.image_size),
         batch_sampler=own,

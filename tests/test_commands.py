@@ -279,7 +279,10 @@ def test_debug_shows_the_traceback(studio):
 def test_the_commands_in_the_docs_parse(page):
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     found = re.findall(
-        r"^\s*(?:\$ )?python (preprocess_latents|train|inference|evaluate)\.py([^\n#]*)", text, re.MULTILINE
+        r"^\s*(?:\$ )?(?:python|torchrun .*|accelerate launch .*) (preprocess_latents|train|inference|evaluate)\.py"
+        r"([^\n#]*)",
+        text,
+        re.MULTILINE,
     )
     assert len(found) >= 4
     for name, flags in found:
