@@ -325,3 +325,12 @@ def test_folder_benchmark_compares_a_folder_with_its_legs(studio):
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["pictures"] == 16
     assert figures["share"] == pytest.approx(figures["folder_per_s"] / figures["legs_per_s"], rel=1e-2)
+
+
+def test_preprocess_benchmark_compares_with_the_bare_encoder(tmp_path):
+    flags = ["--size", "32", "--pictures", "20", "--num_workers", "0", "--rounds", "1"]
+    done = call(tmp_path, "benchmarks/preprocess.py", *flags)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["pictures"] == 20 and {"bare_per_s", "nhwc_share", "device"} <= figures.keys()
+    assert figures["whole_share"] == pytest.approx(figures["whole_per_s"] / figures["bare_per_s"], rel=1e-2)
