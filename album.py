@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 import images
-from cli import UserError
+import processes
+from cli import UserError, rank
 from latents import read_latent
 from pipeline import Pipeline
 
@@ -66,6 +67,27 @@ def picture_path(output: Path) -> Path:
     return output
 
 
+def plan_batches(jobs: list[Job], resize: int | None, batch_size: int) -> Iterator[list[Job]]:
+    """Neighbours of one size, by the headers of their files; those without a header come last, one by one."""
+    headless = []
+
+    def size_of(job: Job) -> tuple[int, int] | None:
+        size = images.picture_size(job.source)
+        return images.resized(size, resize) if size and resize else size
+
+    def sized() -> Iterator[tuple[Job, tuple[int, int]]]:
+        for job, size in zip(jobs, ahead(size_of, jobs, batch_size + THREADS), strict=True):
+            if size:
+                yield job, size
+            else:
+                headless.append([job])
+
+    for _, group in groupby(sized(), key=lambda item: item[1]):
+        while chunk := list(islice(group, batch_size)):
+            yield [job for job, _ in chunk]
+    yield from headless
+
+
 def load_batches(
     jobs: list[Job],
     pipeline: Pipeline,
@@ -73,30 +95,36 @@ def load_batches(
     batch_size: int,
     skipped: list[str] | None,  # is told of bad pictures; None raises instead
 ) -> Iterator[Loaded]:
-    """Batches of pictures of one size, in order. For a compiled network they are filled up: one shape, one graph."""
+    """This process's share of the batches of pictures of one size. For a compiled network they are filled up: one
+    shape, one graph.
 
-    def read(job: Job) -> Image.Image | UserError:
+    Batches are planned before they are shared out and read: a picture's bits may depend on the size of its batch.
+    """
+    own = islice(plan_batches(jobs, resize, batch_size), rank(), None, processes.world())
+    numbered = ((number, job) for number, batch in enumerate(own) for job in batch)
+
+    def read(item: tuple[int, Job]) -> tuple[int, Job, Image.Image | UserError]:
         try:
-            picture = images.open_picture(job.source)
-            return images.resize_short_side(picture, resize) if resize else picture
+            picture = images.open_picture(item[1].source)
+            return *item, images.resize_short_side(picture, resize) if resize else picture
         except UserError as error:
-            return error
+            return *item, error
 
-    def good() -> Iterator[tuple[Job, Image.Image]]:
-        for job, picture in zip(jobs, ahead(read, jobs, batch_size + THREADS), strict=True):
+    def good() -> Iterator[tuple[int, Job, Image.Image]]:
+        for number, job, picture in ahead(read, numbered, batch_size + THREADS):
             if not isinstance(picture, UserError):
-                yield job, picture
+                yield number, job, picture
             elif skipped is None:
                 raise picture
             else:
                 skipped.append(str(picture))
 
-    for (width, height), group in groupby(good(), key=lambda item: item[1].size):
-        while chunk := list(islice(group, batch_size)):
-            rows = [images.to_bytes(picture) for _, picture in chunk]
-            rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
-            latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
-            yield Loaded([job for job, _ in chunk], latents, (height, width))
+    for (_, (width, height)), group in groupby(good(), key=lambda item: (item[0], item[2].size)):
+        _, batch, pictures = zip(*group, strict=True)
+        rows = [images.to_bytes(picture) for picture in pictures]
+        rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
+        latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
+        yield Loaded(list(batch), latents, (height, width))
 
 
 def load_stored_latent(job: Job, pipeline: Pipeline) -> Loaded:

@@ -40,6 +40,7 @@ class DiffusersAutoencoder(nn.Module):
         super().__init__()
         self.name, self.device = name, device
         self.vae = _load_vae(name).to(device).eval().requires_grad_(False)
+        self.vae.encoder.to(memory_format=torch.channels_last)  # 1.3 to 1.7 times as fast: benchmarks/preprocess.py
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scale = self.vae.config.scaling_factor
@@ -50,7 +51,7 @@ class DiffusersAutoencoder(nn.Module):
         with autocast(self.device, self.device.type == "cuda"):
             encoded = self.vae.encode(pixels)
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (latents.float() - self.shift) * self.scale
+        return ((latents.float() - self.shift) * self.scale).contiguous()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

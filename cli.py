@@ -6,7 +6,10 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+
+GRACE_S = 3.0  # the launchers look at their processes every tenth of a second
 
 
 class UserError(Exception):
@@ -35,36 +38,52 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
+def rank() -> int:
+    """This process's number among those that torchrun or accelerate launch started for the command; 0 when alone."""
+    return int(os.environ.get("RANK", 0)) if "LOCAL_RANK" in os.environ else 0
+
+
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
     """Parse, call `main`, end the process: 0 done, 1 done in part or a check failed, 2 bad input,
     3 a certificate that was asked for does not hold, 130 interrupted."""
     args = parser.parse_args()
+    if rank():  # of several processes the first one speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file tells as it goes, not at the end
         sys.stdout.reconfigure(line_buffering=True)
+    status, message = _outcome(main, args)
+    if status and rank():
+        # The launcher ends all processes as soon as one has failed. What is wrong everywhere is then said once, by
+        # the first one, and nothing cuts it off; what is wrong in this process alone is said a moment later.
+        time.sleep(GRACE_S)
+        message = message and f"{message} (process {rank()})"
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _outcome(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> tuple[int, str]:
+    """The exit status, and the line for stderr if there is one."""
     try:
         status = main(args) or 0
         sys.stdout.flush()
+        return status, ""
     except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        return 0, ""
     except (UserError, OSError, FloatingPointError) as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        return 2, f"error: {error}"
     except Exception as error:
         if args.debug or type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for a --help
             raise
-        print(
+        return 2, (
             "error: the device is out of memory; for training try --set training.gradient_checkpointing=true and the "
-            "flags that train.py --plan gives, or a smaller model; for pictures a smaller --batch_size or --size",
-            file=sys.stderr,
+            "flags that train.py --plan gives, or a smaller model; for pictures a smaller --batch_size or --size"
         )
-        status = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+        return 130, "interrupted"
 
 
 @contextlib.contextmanager

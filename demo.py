@@ -23,10 +23,12 @@ def main(args: argparse.Namespace) -> int:
     from logbook import plot_losses
     from pipeline import load_pipeline, transfer_settings
     from preprocessing import preprocess, print_report
+    from processes import refuse_several
     from report import report_text, write_report
     from ruler import Ruler, encode_styles, load_styles
     from trainer import train
 
+    refuse_several("demo.py")
     started = time.perf_counter()
     config = load_config(args.config, args.overrides)
     pictures = Path(config.data.raw_data_root).parent

@@ -10,12 +10,20 @@ from pathlib import Path
 import psutil
 import torch
 
+import processes
 from cli import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first of CUDA, Apple's MPS and the CPU that is there; a device that is not there is an error."""
+    """`auto` is the first of CUDA, Apple's MPS and the CPU that is there; a device that is not there is an error.
+
+    Of several processes on a machine each takes a GPU of its own, as far as there are.
+    """
     prepare_process()
+    if processes.world() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        device = torch.device("cuda", processes.local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # or each of them would also take some memory of the first
+        return device
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -15,6 +15,7 @@ from device import pick_device
 from latents import open_store
 from perceptual import Perceptual
 from pipeline import Pipeline, load_pipeline, transfer_settings
+from processes import refuse_several
 from report import report_text, write_report
 from ruler import Pictures, Ruler, encode_styles, load_styles
 from transfers import TransferSettings
@@ -78,6 +79,7 @@ def load_all(args: argparse.Namespace) -> list[tuple[str, Pipeline, Config]]:
 
 def evaluate(args: argparse.Namespace) -> int:
     """evaluate.py, once its flags are read."""
+    refuse_several("evaluate.py")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be 1 or more")
     loaded = load_all(args)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from cli import UserError
@@ -36,6 +36,19 @@ def open_picture(path: str | Path) -> Image.Image:
         raise BadPicture(f"{path}: cannot be read ({error})") from None
 
 
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of what `open_picture` will give, from the file's header alone; None where it has none."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
+                return width, height  # of a TIFF upright already; a PNG would be decoded in search of a tag
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        return None
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith(("I", "F")):  # 16-bit and float grey, which PIL would clip at 255
         grey = np.asarray(picture).astype(np.float64)
@@ -57,8 +70,13 @@ def square(picture: Image.Image, size: int) -> Image.Image:
 
 def resize_short_side(picture: Image.Image, size: int) -> Image.Image:
     """Same aspect ratio, the shorter side `size` pixels long."""
-    scale = size / min(picture.size)
-    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+    return picture.resize(resized(picture.size, size), Image.Resampling.LANCZOS)
+
+
+def resized(sides: tuple[int, int], short: int) -> tuple[int, int]:
+    """The sides at the same aspect ratio, the shorter one `short` pixels long."""
+    scale = short / min(sides)
+    return max(1, round(sides[0] * scale)), max(1, round(sides[1] * scale))
 
 
 def to_bytes(picture: Image.Image) -> Tensor:

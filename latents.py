@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+import processes
 from base import Base, fit_base
 from cli import UserError
 from config import TrainingConfig
@@ -124,8 +125,8 @@ def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: lis
     entry = {"latent": latent.cpu().clone(), "source": source}
     if flipped is not None:
         entry["flipped"] = flipped.cpu().clone()
-    with written_whole(path) as beside:
-        torch.save(entry, beside)
+    with written_whole(path) as beside, open(beside, "wb") as file:
+        torch.save(entry, file)  # given a path, torch would write the unfinished file's name into it
 
 
 def read_latent(path: Path) -> dict:
@@ -177,13 +178,14 @@ class LatentSplit:
 
 def load_split(root: Path, meta: StoreMeta, split: str, memory_limit: int | None = None) -> LatentSplit:
     """The split's latents: in memory where they fit `memory_limit` bytes (half of what is free), else memory-mapped
-    from one packed file, which is written once beside the store."""
+    from one packed file, which is written once beside the store. Of several processes all must call this."""
     names, spec = meta.split[split], meta.latents
     side = spec.image_size // spec.factor
     shape = (1 + meta.flip, len(names), spec.channels, side, side)
     styles = torch.tensor([spec.styles.index(name.partition("/")[0]) for name in names], dtype=torch.int64)
-    limit = psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
-    if 4 * int(np.prod(shape)) <= limit:
+    if memory_limit is None:  # shared by the processes of a machine, and the least of all, so that all do the same
+        memory_limit = min(processes.gather(psutil.virtual_memory().available // (2 * processes.local_world())))
+    if 4 * int(np.prod(shape)) <= memory_limit:
         latents = np.empty(shape, np.float32)
         _fill(latents, root, names)
     else:
@@ -205,14 +207,15 @@ def _packed(root: Path, split: str, names: list[str], shape: tuple[int, ...]) ->
     """One `.npy` of the whole split, made anew when any of its files has changed."""
     state = repr([(name, fingerprint(root / name)) for name in names] + [shape])
     path = root / f"packed-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
-    if not path.exists():
-        for old in root.glob(f"packed-{split}-*.npy"):
-            old.unlink()
-        remove_unfinished(root)
-        with written_whole(path) as beside:
-            latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
-            _fill(latents, root, names)
-            latents.flush()
+    with processes.in_turn():
+        if not path.exists():
+            for old in root.glob(f"packed-{split}-*.npy"):
+                old.unlink()
+            remove_unfinished(root)
+            with written_whole(path) as beside:
+                latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
+                _fill(latents, root, names)
+                latents.flush()
     return np.load(path, mmap_mode="r")
 
 

@@ -8,6 +8,7 @@ import torch
 
 import album
 import images
+import processes
 from album import Job
 from cli import UserError
 from config import OF_THE_LEGS, SETTINGS, apply_overrides, config_from_dict, config_to_dict, load_config
@@ -28,9 +29,12 @@ COMPILE_FROM = 100  # pictures in a folder that make up for the time that compil
 
 def transfer_input(args: argparse.Namespace) -> int:
     """--input: a picture, a stored latent, or a folder."""
-    jobs = album.find_jobs(args.input, args.output)
     is_folder = args.input.is_dir()
-    todo = [job for job in jobs if args.overwrite or not is_folder or not job.output.exists()]
+    if not is_folder:
+        processes.refuse_several("one picture")
+    jobs = album.find_jobs(args.input, args.output)
+    # What is left to do is seen before anybody does it.
+    todo = processes.from_main([job for job in jobs if args.overwrite or not is_folder or not job.output.exists()])
     plan = make_plan(args, len(todo))
     refuse_collisions(jobs, plan)
     skipped: list[str] | None = [] if is_folder else None
@@ -41,16 +45,28 @@ def transfer_input(args: argparse.Namespace) -> int:
         batches = album.load_batches(todo, plan.pipeline, args.size, batch_size if is_folder else 1, skipped)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, args.certify or args.save_structure is not None):
-        report = work_off(batches, plan, len(todo))
+        report = work_off(batches, plan, -(-len(todo) // processes.world()))
+    report.skipped = sorted(skipped or ())
+    report = of_all(report, plan)
     seconds = time.perf_counter() - started
 
     print_plan(plan)
     kept = f", {len(jobs) - len(todo)} were there already" if len(todo) < len(jobs) else ""
     print_made(report, plan, seconds, kept)
     print(f"written to {args.output}" + (", the frames to folders beside it" if args.interpolate else ""))
-    for reason in skipped or ():
+    for reason in report.skipped:
         print(f"skipped: {reason}")
-    return certificate_status(plan, 1 if skipped else 0)
+    return certificate_status(plan, 1 if report.skipped else 0)
+
+
+def of_all(report: Report, plan: Plan) -> Report:
+    """The report of all processes together, and in the plan their certificate."""
+    (report, plan.certificate), *others = processes.gather((report, plan.certificate))
+    for other, certificate in others:
+        report.include(other)
+        if certificate:
+            plan.certificate.include(certificate)
+    return report
 
 
 def refuse_collisions(jobs: list[Job], plan: Plan) -> None:
@@ -67,6 +83,7 @@ def refuse_collisions(jobs: list[Job], plan: Plan) -> None:
 
 def transfer_structure(args: argparse.Namespace) -> int:
     """--from_structure: other styles of a kept structure, without its picture."""
+    processes.refuse_several("one picture")
     job, kept = Job(args.from_structure, album.picture_path(args.output)), load_structure(args.from_structure)
     plan = make_plan(args, 1, kept)
     refuse_other_bits(kept, plan.pipeline, args.from_structure, ("checkpoint",))
@@ -90,6 +107,7 @@ def transfer_structure(args: argparse.Namespace) -> int:
 
 def restore(args: argparse.Namespace) -> int:
     """--restore: the transferred latents of a structure file back to the original's, bit for bit."""
+    processes.refuse_several("one picture")
     output, kept = album.picture_path(args.output), load_structure(args.restore)
     pipeline, _ = open_pipeline(args, kept)
     refuse_other_bits(kept, pipeline, args.restore)

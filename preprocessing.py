@@ -1,5 +1,6 @@
 """Folders of pictures to a latent store: what is there already, what is new, statistics and split."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,11 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import images
+import processes
+from album import in_background
 from autoencoder import load_autoencoder
-from cli import UserError
+from cli import UserError, rank
 from config import Config
 from files import natural_order, remove_unfinished
 from latents import LatentSpec, StoreMeta, fingerprint, held_out, read_latent, read_meta, write_latent
+
+BATCH = 16  # pictures at once
 
 
 @dataclass
@@ -30,30 +35,32 @@ class Report:
 
 
 def preprocess(config: Config, device: torch.device, quiet: bool | None = None) -> Report:
-    """Bring the store at `data_root` in line with the pictures below `raw_data_root`."""
+    """Bring the store at `data_root` in line with the pictures below `raw_data_root`.
+
+    Of several processes the first one looks what there is to do, before, and completes the store, after; whole batches
+    of it are shared out between them, so that the bits are those of one process.
+    """
     raw_root, root = Path(config.data.raw_data_root), Path(config.data.data_root)
     pictures = find_styles(raw_root, config.data.num_classes)
     codec = load_autoencoder(config.autoencoder.name, device)
-    meta = _prepare_meta(root, config, codec, list(pictures))
     entries = {
         f"{style}/{name.as_posix()}.pt": raw_root / style / name for style in pictures for name in pictures[style]
     }
-    meta.write(root)  # not complete from here on
-    report = Report(removed=_remove_stale(root, meta, entries), meta=meta)
-    todo = [(entry, path) for entry, path in entries.items() if not _is_current(root / entry, path, meta.flip)]
-    report.kept = len(entries) - len(todo)
+    report = todo = None
+    if processes.is_main():
+        meta = _prepare_meta(root, config, codec, list(pictures))
+        meta.write(root)  # not complete from here on
+        report = Report(removed=_remove_stale(root, meta, entries), meta=meta)
+        todo = [(entry, path) for entry, path in entries.items() if not _is_current(root / entry, path, meta.flip)]
+    todo = processes.from_main(todo)
     started = time.perf_counter()
-    for entry, reason in _encode(todo, root, meta, codec, config, device, quiet):
-        if reason:
-            report.skipped.append(reason)
-            (root / entry).unlink(missing_ok=True)
-            del entries[entry]
-        else:
-            report.encoded += 1
-    _check_styles(raw_root, meta.latents.styles, entries, report.skipped)
-    report.seconds = time.perf_counter() - started
-    _finish(root, meta, list(entries), config.data.val_fraction)
-    return report
+    shares = processes.gather(encode(todo, root, codec, config, device, quiet))
+    if report:
+        report.seconds = time.perf_counter() - started
+        _complete(report, root, todo, {entry: reason for share in shares for entry, reason in share.items()}, entries)
+        _check_styles(raw_root, report.meta.latents.styles, entries, report.skipped)
+        _finish(root, report.meta, list(entries), config.data.val_fraction)
+    return processes.from_main(report)
 
 
 def find_styles(raw_root: Path, expected: int | None) -> dict[str, list[Path]]:
@@ -152,35 +159,55 @@ class SquarePictures(Dataset):
             return item, None, str(error)
 
 
-def _encode(
+def encode(
     todo: list[tuple[str, Path]],
     root: Path,
-    meta: StoreMeta,
     codec: nn.Module,
     config: Config,
     device: torch.device,
     quiet: bool | None,
-) -> Iterable[tuple[str, str | None]]:
-    """Encode and write the pictures of `todo`; yields (entry, None) or (entry, why it was skipped)."""
+) -> dict[str, str | None]:
+    """Encode and write this process's share of `todo`: entry -> None, or why its picture was skipped.
+
+    Batches are cut before they are shared out: the bits of a latent may depend on the size of its batch.
+    """
+    batches = [range(len(todo))[start : start + BATCH] for start in range(0, len(todo), BATCH)]
+    own = batches[rank() :: processes.world()]
+    workers = min(config.training.num_workers, len(own) * BATCH, -(-(os.cpu_count() or 1) // processes.local_world()))
     loader = DataLoader(
-        SquarePictures([path for _, path in todo], meta.latents.image_size),
-        batch_size=16,
-        num_workers=min(config.training.num_workers, len(todo)),
+        SquarePictures([path for _, path in todo], config.data.image_size),
+        batch_sampler=own,
+        num_workers=workers,
         collate_fn=list,
-        multiprocessing_context="spawn" if config.training.num_workers and device.type != "cpu" else None,
+        multiprocessing_context="spawn" if workers and device.type != "cpu" else None,
     )
-    with tqdm(total=len(todo), desc="encoding", unit="picture", disable=quiet) as bar:
+    results, total, quiet = {}, sum(map(len, own)), quiet if processes.is_main() else True
+    with tqdm(total=total, desc="encoding", unit="picture", disable=quiet) as bar, in_background(4 * BATCH) as submit:
         for items in loader:
             good = [item for item in items if item[1] is not None]
             if good:
                 pixels = images.to_pixels(torch.stack([picture for _, picture, _ in good]).to(device))
-                plain = codec.encode(pixels)
-                flipped = codec.encode(pixels.flip(-1)) if meta.flip else [None] * len(good)
+                plain = codec.encode(pixels).cpu()
+                flipped = codec.encode(pixels.flip(-1)).cpu() if config.data.flip else [None] * len(good)
                 for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True):
-                    write_latent(root / todo[item][0], latent, mirror, source)
-            for item, picture, reason in items:
-                yield todo[item][0], reason if picture is None else None
+                    submit(write_latent, root / todo[item][0], latent, mirror, source)
+            results |= {todo[item][0]: source if picture is None else None for item, picture, source in items}
             bar.update(len(items))
+    return results
+
+
+def _complete(
+    report: Report, root: Path, todo: list[tuple[str, Path]], results: dict[str, str | None], entries: dict[str, Path]
+) -> None:
+    """Count what was encoded, and take out of `entries` and the store what was skipped."""
+    report.kept = len(entries) - len(todo)
+    for entry, _ in todo:
+        if results[entry]:
+            report.skipped.append(results[entry])
+            (root / entry).unlink(missing_ok=True)
+            del entries[entry]
+        else:
+            report.encoded += 1
 
 
 def _check_styles(raw_root: Path, styles: list[str], entries: Iterable[str], skipped: list[str]) -> None:

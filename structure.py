@@ -47,7 +47,7 @@ class Certificate:
 
     def __init__(self) -> None:
         self.elements = self.differing = self.largest = 0  # latent elements; the largest in lattice points
-        self._hash = hashlib.sha256()
+        self.pictures: set[str] = set()  # the SHA-256 of each one's starting positions
 
     def compare(self, start: State, back: State, count: int | None = None) -> None:
         """Take in a batch, or its first `count` pictures: the states before the transfer and after its way back."""
@@ -56,7 +56,14 @@ class Certificate:
         self.elements += change.numel()
         self.differing += int((change > 0).sum())
         self.largest = max(self.largest, int(change.max()))
-        self._hash.update(_bytes(x))
+        self.pictures.update(hashlib.sha256(_bytes(picture)).hexdigest() for picture in x)
+
+    def include(self, other: "Certificate") -> None:
+        """Take in what another process has compared."""
+        self.elements += other.elements
+        self.differing += other.differing
+        self.largest = max(self.largest, other.largest)
+        self.pictures |= other.pictures
 
     @property
     def exact(self) -> bool:
@@ -64,8 +71,11 @@ class Certificate:
 
     @property
     def sha256(self) -> str:
-        """Of the starting positions on the lattice, in order."""
-        return self._hash.hexdigest()
+        """Of a picture's starting positions on the lattice; of several pictures, of their SHA-256 in sorted order, so
+        that it does not matter how they were batched or shared out."""
+        if len(self.pictures) == 1:
+            return next(iter(self.pictures))
+        return hashlib.sha256("".join(sorted(self.pictures)).encode()).hexdigest()
 
     def line(self, cause: str) -> str:
         """What is printed; `cause` is the likely reason where it does not hold."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import images
+import processes
 from album import Job, Loaded, in_background
 from metrics import ssim
 from pipeline import Pipeline
@@ -55,6 +56,15 @@ class Report:
     notes: list[str] = field(default_factory=list)
     unsolved: list[str] = field(default_factory=list)  # pictures whose fixed point did not converge
     residual: float = 0.0
+    skipped: list[str] = field(default_factory=list)  # one line a bad picture
+
+    def include(self, other: "Report") -> None:
+        """Take in another process's."""
+        self.done += other.done
+        self.nfe = self.nfe or other.nfe
+        self.residual = max(self.residual, other.residual)
+        for name in ("notes", "unsolved", "skipped"):
+            setattr(self, name, sorted(getattr(self, name) + getattr(other, name)))
 
 
 #################################################################################
@@ -150,8 +160,8 @@ def save(job: Job, before: Tensor | None, results: list[Tensor], plan: Plan) -> 
 def work_off(batches: Iterable[Loaded], plan: Plan, total: int) -> Report:
     """Make and save every batch; the next one is read and the last one is written meanwhile."""
     report, pipeline = Report(), plan.pipeline
-    with_before = plan.compare or len(plan.targets) > 1
-    with tqdm(total=total, desc="transfer", unit="picture", disable=None) as bar, in_background(32) as submit:
+    with_before, quiet = plan.compare or len(plan.targets) > 1, None if processes.is_main() else True
+    with tqdm(total=total, desc="transfer", unit="picture", disable=quiet) as bar, in_background(32) as submit:
         for batch in batches:
             made = make(batch, plan, report)
             results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in made]

@@ -1,7 +1,6 @@
 """A training run: the network and its average, the optimiser, the data, one step, the loop, and what is saved."""
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,10 +10,11 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import processes
 from autoencoder import load_autoencoder
 from checkpoint import (
     BEST,
@@ -55,8 +55,9 @@ class Trainer:
         self.config, training = config, config.training
         self.folder = Path(config.checkpoint.save_dir)
         # Autocast wraps the network alone, see `losses`; without GPUs accelerate must be told of several processes.
-        many_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
-        self.accelerator = Accelerator(cpu=many_on_cpu, mixed_precision="no")
+        many_on_cpu = processes.world() > 1 and not torch.cuda.is_available()
+        patience = InitProcessGroupKwargs(timeout=processes.PATIENCE)
+        self.accelerator = Accelerator(cpu=many_on_cpu, mixed_precision="no", kwargs_handlers=[patience])
         self.device = self.accelerator.device
         self.bf16 = training.use_amp and has_bf16(self.device)
         allow_tf32(training.tf32)
@@ -84,7 +85,8 @@ class Trainer:
         self._start(resume)
         if other:
             self.accelerator.print(take_over((self.model, self.ema.model), other, init, self.spec))
-        remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
+        if self.accelerator.is_main_process:
+            remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
         self.steps_per_epoch = len(self.train) // training.batch_size
         self.total_steps = training.stage1_epochs * self.steps_per_epoch
         if training.compile and self.step < self.total_steps:
@@ -375,7 +377,9 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def train(config: Config, resume: str | None = None, init: str | None = None, quiet: bool | None = None) -> Trainer:
     """Run (or go on with) the training that `config` describes; Ctrl-C and SIGTERM save first."""
-    with stop_signals() as stop:
+    # DDP warns of the memory layout of depthwise weights (stride of a dimension of 1), which costs it nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    with stop_signals() as stop, processes.peers_needed():
         trainer = Trainer(config, resume, init)
         trainer.accelerator.print(
             f"{count_parameters(trainer.model) / 1e6:.2f} M parameters, {len(trainer.train)} pictures in "

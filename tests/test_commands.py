@@ -113,23 +113,6 @@ def test_sigterm_saves_and_resume_goes_on_to_the_same_weights(studio, tmp_path):
     assert not (halved / "stage1_interrupted.pt").exists()
 
 
-def test_two_processes_train_the_same_network_as_one(studio):
-    flags = ["--set", "training.use_amp=false", "--set", "checkpoint.save_dir={}"]
-    assert call(studio, "train.py", *flags[:3], flags[3].format("alone")).returncode == 0
-    launched = ("-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"))
-    command = [sys.executable, *launched, *flags[:3], flags[3].format("together")]
-    done = subprocess.run(
-        command, cwd=studio, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters") == 1  # one of them speaks
-    one, two = (
-        torch.load(studio / name / "stage1_epoch4.pt", weights_only=True)["ema"] for name in ("alone", "together")
-    )
-    gaps = [(one[name] - two[name]).abs().max().item() for name in one]
-    assert 0 < max(gaps) < 1e-4  # another order of summation, so not the same bits; AdamW's first steps magnify them
-
-
 def test_a_folder_is_transferred_once_and_a_bad_picture_is_skipped_by_name(studio, within):
     album = studio / "album"
     (album / "deep").mkdir(parents=True)
@@ -296,7 +279,10 @@ def test_debug_shows_the_traceback(studio):
 def test_the_commands_in_the_docs_parse(page):
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     found = re.findall(
-        r"^\s*(?:\$ )?python (preprocess_latents|train|inference|evaluate)\.py([^\n#]*)", text, re.MULTILINE
+        r"^\s*(?:\$ )?(?:python|torchrun .*|accelerate launch .*) (preprocess_latents|train|inference|evaluate)\.py"
+        r"([^\n#]*)",
+        text,
+        re.MULTILINE,
     )
     assert len(found) >= 4
     for name, flags in found:
@@ -354,3 +340,12 @@ def test_folder_benchmark_compares_a_folder_with_its_legs(studio):
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["pictures"] == 16
     assert figures["share"] == pytest.approx(figures["folder_per_s"] / figures["legs_per_s"], rel=1e-2)
+
+
+def test_preprocess_benchmark_compares_with_the_bare_encoder(tmp_path):
+    flags = ["--size", "32", "--pictures", "20", "--num_workers", "0", "--rounds", "1"]
+    done = call(tmp_path, "benchmarks/preprocess.py", *flags)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["pictures"] == 20 and {"bare_per_s", "nhwc_share", "device"} <= figures.keys()
+    assert figures["whole_share"] == pytest.approx(figures["whole_per_s"] / figures["bare_per_s"], rel=1e-2)

@@ -47,6 +47,16 @@ def test_a_picture_is_turned_upright_by_its_exif_tag(tmp_path, orientation, suff
     exif[0x0112] = orientation
     seen = read(Image.fromarray(stored), tmp_path / f"a.{suffix}", exif=exif)
     np.testing.assert_array_equal(seen, UPRIGHT[orientation](stored))
+    assert images.picture_size(tmp_path / f"a.{suffix}") == (seen.shape[1], seen.shape[0])
+
+
+def test_what_is_no_picture_has_no_size(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    assert images.picture_size(tmp_path / "text.png") is None and images.picture_size(tmp_path / "gone.png") is None
+    whole = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (50, 70, 3), np.uint8)).save(whole, "png")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:2000])
+    assert images.picture_size(tmp_path / "cut.png") == (70, 50)  # the header is enough: nothing is decoded
 
 
 @pytest.mark.parametrize(

@@ -397,18 +397,31 @@ def test_a_defect_that_did_not_come_back_counts_although_the_picture_did():
     assert (certificate.differing, certificate.largest) == (1, 6)
 
 
-def test_the_certificate_adds_up_over_batches_and_its_sha256_is_that_of_all_starting_positions():
+def test_the_certificate_adds_up_over_batches_and_its_sha256_is_that_of_its_pictures_however_they_are_batched():
     parts = [points(seed, (count, 2, 3, 3)) for seed, count in enumerate((3, 1, 2))]
     certificate = Certificate()
     for part in parts:
         certificate.compare(LatticeState(part, part), LatticeState(part.clone(), part.clone()))
-    together = np.concatenate([part.numpy() for part in parts])
+    together = np.concatenate([part.numpy() for part in parts]).astype("<i8")
     assert certificate.elements == together.size == 6 * 18 and certificate.exact
-    assert certificate.sha256 == hashlib.sha256(together.astype("<i8").tobytes()).hexdigest()
+    each = sorted(hashlib.sha256(picture.tobytes()).hexdigest() for picture in together)
+    assert certificate.sha256 == hashlib.sha256("".join(each).encode()).hexdigest()
     assert certificate.line("") == f"certificate: exact (0 of 108 elements differ), sha256 {certificate.sha256}"
     certificate.compare(state([1]), state([2]))
     certificate.compare(state([1]), state([1]))  # a later match does not make it exact again
     assert (certificate.elements, certificate.differing, certificate.exact) == (110, 1, False)
+
+
+def test_certificates_of_several_processes_make_one():
+    whole, first, second = Certificate(), Certificate(), Certificate()
+    for number, certificate in enumerate((first, second, first)):
+        start = points(number, (2, 1, 2, 2))
+        back = start + 3 * number
+        for one in (whole, certificate):
+            one.compare(LatticeState(start, start), LatticeState(back, start))
+    first.include(second)
+    assert (first.elements, first.differing, first.largest) == (24, 16, 6)
+    assert vars(first) == vars(whole) and first.sha256 == whole.sha256
 
 
 def test_rows_that_only_fill_up_a_batch_are_not_certified():
@@ -419,7 +432,7 @@ def test_rows_that_only_fill_up_a_batch_are_not_certified():
     certificate = Certificate()
     certificate.compare(LatticeState(start, zeros), LatticeState(back, zeros), count=2)
     assert certificate.exact and certificate.elements == 8
-    assert certificate.sha256 == hashlib.sha256(start[:2].numpy().tobytes()).hexdigest()
+    assert certificate.pictures == {hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in start[:2]}
     certificate.compare(LatticeState(start, zeros), LatticeState(back, zeros), count=3)
     assert (certificate.elements, certificate.differing, certificate.largest) == (20, 4, 5)
 

@@ -1,0 +1,122 @@
+"""Does preprocessing keep the encoder busy?
+
+python benchmarks/preprocess.py --autoencoder models/my-vae
+
+Draws pictures, then times, in turn, the bare encoder on batches in memory (each picture and its mirror image) and the
+inner part of `preprocess_latents.py` on the same pictures (reading, resizing, encoding, writing). Then one batch in
+NCHW and in NHWC memory, and under BF16 autocast where the device has it. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import images
+from autoencoder import load_autoencoder
+from cli import add_device_flags, new_parser, run
+from config import Config
+from device import autocast, device_name, has_bf16, pick_device
+from preprocessing import BATCH, encode
+
+
+def draw(folder: Path, count: int, size: int) -> list[Path]:
+    """Photographs' stand-ins: smooth waves with grain, a quarter larger than the squares they become."""
+    rng, side = np.random.default_rng(0), size * 5 // 4
+    y, x = np.mgrid[:side, : side * 4 // 3][..., None] / side
+    paths = [folder / f"{number:04}.jpg" for number in range(count)]
+    for path in paths:
+        waves = np.sin(rng.uniform(2, 20, 3) * x + rng.uniform(0, 6, 3)) + np.cos(rng.uniform(2, 20, 3) * y)
+        pixels = 127.5 + 50 * waves + rng.normal(0, 6, (*waves.shape[:2], 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+    return paths
+
+
+def bare(codec: nn.Module, batches: list[Tensor]) -> None:
+    """What preprocessing asks of the encoder: every picture and its mirror image."""
+    for pixels in batches:
+        codec.encode(pixels)
+        codec.encode(pixels.flip(-1))
+
+
+def encode_as(codec: nn.Module, pixels: Tensor, layout: torch.memory_format, bf16: bool) -> None:
+    """In another memory layout than the encoder's own, which is NHWC for a VAE."""
+    before = {name: weight.data for name, weight in codec.named_parameters()}
+    codec.to(memory_format=layout)
+    with autocast(pixels.device, True) if bf16 else nullcontext():
+        codec.encode(pixels.contiguous(memory_format=layout))
+    for name, weight in codec.named_parameters():
+        weight.data = before[name]
+
+
+def main(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    codec, config = load_autoencoder(args.autoencoder, device), Config()
+    config.data.image_size, config.training.num_workers = args.size, args.num_workers
+    rates: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = draw(Path(scratch), args.pictures, args.size)
+        squares = [images.to_bytes(images.square(images.open_picture(path), args.size)) for path in paths]
+        batches = [images.to_pixels(part.to(device)) for part in torch.stack(squares).split(BATCH)]
+        todo, latents = [(f"{path.name}.pt", path) for path in paths], Path(scratch) / "latents"
+        one, nchw, nhwc = batches[0], torch.contiguous_format, torch.channels_last
+        ways: dict[str, tuple[int, Callable[[], object]]] = {  # with the number of pictures
+            "bare": (len(paths), lambda: bare(codec, batches)),
+            "whole": (len(paths), lambda: encode(todo, latents, codec, config, device, True)),
+            "nchw": (len(one), lambda: encode_as(codec, one, nchw, False)),
+            "nhwc": (len(one), lambda: encode_as(codec, one, nhwc, False)),
+        }
+        if has_bf16(device):
+            ways["bf16_nchw"] = len(one), lambda: encode_as(codec, one, nchw, True)
+            ways["bf16_nhwc"] = len(one), lambda: encode_as(codec, one, nhwc, True)
+        for _ in tqdm(range(args.rounds + 1), desc="rounds", disable=None):  # the first one warms up
+            for name, (count, work) in ways.items():
+                started = time.perf_counter()
+                work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                rates.setdefault(name, []).append(count / (time.perf_counter() - started))
+    report({name: measured[1:] for name, measured in rates.items()}, args, device_name(device))
+    return 0
+
+
+def report(rates: dict[str, list[float]], args: argparse.Namespace, device: str) -> None:
+    """Medians of the rounds; shares are medians of each round's own, since a machine's speed drifts."""
+    titles = {"bare": "bare encoder", "whole": "preprocessing", "nchw": "one encoding in NCHW", "nhwc": "NHWC"}
+    titles |= {"bf16_nchw": "BF16", "bf16_nhwc": "BF16, NHWC"}
+    result = {}
+    print(f"{device}; {args.autoencoder}, {args.pictures} pictures of {args.size} pixels")
+    for way, measured in rates.items():
+        base = "bare" if way in ("bare", "whole") else "nchw"
+        share = statistics.median(one / other for one, other in zip(measured, rates[base], strict=True))
+        result |= {f"{way}_per_s": round(statistics.median(measured), 3), f"{way}_share": round(share, 4)}
+        print(f"{titles[way]:24s}{statistics.median(measured):9.2f} pictures/s   {share:7.1%} of {titles[base]}")
+    print(json.dumps(result | {"device": device, "pictures": args.pictures, "size": args.size}))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("Compare preprocessing's throughput with that of the bare encoder.", config=False)
+    parser.add_argument("--autoencoder", default="dct", help="as autoencoder.name in the config")
+    parser.add_argument("--size", type=int, default=256, help="side of the squares in pixels")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--num_workers", type=int, default=4, help="decoding processes")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
+    add_device_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
