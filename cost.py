@@ -50,7 +50,7 @@ def footprint(
 ) -> Footprint:
     """Of the training step of that network; computed once for the same arguments."""
     with FakeTensorMode():
-        model = IsoNext(**network, gradient_checkpointing=recompute)
+        model = IsoNext(**network, keep="input" if recompute else "products")
         for parameter in model.parameters():  # as in all micro-batches but the first
             parameter.grad = torch.empty_like(parameter)
         few, many = COUNTED

@@ -6,12 +6,13 @@ Fully convolutional: a model trained on one size runs on any other. The blocks f
 "A ConvNet for the 2020s", arXiv:2201.03545), the adaptive norm follows Dhariwal & Nichol (arXiv:2105.05233).
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 #################################################################################
 #                            Time and style -> condition                        #
@@ -99,6 +100,16 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x)
 
 
+# What a block may keep for its backward pass (`keep`); the rest is computed again there.
+#   all        what autograd keeps
+#   products   the results of its convolution and matrix products: half of that, and norm, GELU and gate cost little
+#   input      only that: a sixth, for a second forward pass (gradient checkpointing)
+_aten = torch.ops.aten
+PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.linear.default, _aten.convolution.default]
+PRODUCTS += [torch.ops.isonext.depthwise.default]
+KEEP_PRODUCTS = {"context_fn": functools.partial(create_selective_checkpoint_contexts, PRODUCTS)}
+
+
 class Block(nn.Module):
     """7x7 depthwise -> AdaGN -> pointwise D to 4D -> GELU -> pointwise 4D to D -> gated residual."""
 
@@ -110,7 +121,13 @@ class Block(nn.Module):
         self.narrow = nn.Linear(expansion * dim, dim)
         self.gate = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale_shift: Tensor, keep: str = "all") -> Tensor:
+        if keep == "all" or not torch.is_grad_enabled():
+            return self._forward(x, scale_shift)
+        kept = KEEP_PRODUCTS if keep == "products" else {}
+        return checkpoint(self._forward, x, scale_shift, use_reentrant=False, preserve_rng_state=False, **kept)
+
+    def _forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
         y = self.norm(self.depthwise(x), scale_shift)
         y = y.permute(0, 2, 3, 1)  # (B, h, w, D): in channels_last memory a view, so a pointwise conv is one matmul
         y = self.gate * self.narrow(F.gelu(self.widen(y)))
@@ -136,10 +153,10 @@ class IsoNext(nn.Module):
         time_dim: int = 256,  # even
         num_groups: int = 32,  # divides hidden_dim
         expansion: int = 4,
-        gradient_checkpointing: bool = False,  # keep one tensor a block and recompute the rest backwards
+        keep: str = "products",  # or "all" or "input"
     ) -> None:
         super().__init__()
-        self.gradient_checkpointing = gradient_checkpointing
+        self.keep = keep
         self.null_style = num_styles
         self.time = TimestepEmbedding(time_dim)
         self.style = nn.Embedding(num_styles + 1, style_dim)
@@ -195,10 +212,7 @@ class IsoNext(nn.Module):
         *scale_shifts, last = self.condition(t, style)
         h = self.stem(x)  # (B, D, h, w)
         for block, scale_shift in zip(self.blocks, scale_shifts, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, scale_shift, use_reentrant=False)
-            else:
-                h = block(h, scale_shift)
+            h = block(h, scale_shift, self.keep)
         return self.head(self.norm(h, last)).float()
 
 

@@ -32,6 +32,11 @@ class Cut:
     pictures: int  # at once: the micro-batch
     recompute: bool  # gradient checkpointing
 
+    @property
+    def keep(self) -> str:
+        """What the network's blocks keep, see model.py."""
+        return "input" if self.recompute else "products"
+
     def smaller(self, training: TrainingConfig) -> "Cut | None":
         """What to try where this one ran out of memory; None where nothing is left that the config allows."""
         if self.pictures > 1:

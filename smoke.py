@@ -103,7 +103,7 @@ def check_memory(check: Checks, device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        model = IsoNext(4, STYLES, gradient_checkpointing=True).to(device, memory_format=torch.channels_last)
+        model = IsoNext(4, STYLES, keep="input").to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         shadow = copy.deepcopy(model)  # the EMA
         timed_step(model, optimizer, device, batch=64, side=64, bf16=True)()

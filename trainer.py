@@ -75,7 +75,7 @@ class Trainer:
         torch.manual_seed(training.seed)
         layout = torch.channels_last if training.channels_last else torch.contiguous_format
         self.model = build_model(config, self.spec).to(self.device, memory_format=layout)
-        self.model.gradient_checkpointing = self.cut.recompute
+        self.model.keep = self.cut.keep
         self.ema = EMA(self.model, training.ema_decay)
         self.optimizer = make_optimizer(self.model, training)
         self.step, self.guard = 0, Guard()
@@ -190,7 +190,7 @@ class Trainer:
             # Only here, where the error is gone, does nothing hold on to the tensors of the attempt.
             how = cut.pictures if cut.pictures < self.cut.pictures else "blocks recomputed backwards"
             print(f"out of memory in a micro-batch of {self.cut.pictures}: going on with {how}")
-            self.cut, self.model.gradient_checkpointing = cut, cut.recompute
+            self.cut, self.model.keep = cut, cut.keep
             self.model.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

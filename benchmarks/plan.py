@@ -72,7 +72,7 @@ def measure(size: list[int], recompute: bool, device: torch.device, bf16: bool, 
     estimate = footprint(side, bf16, True, recompute, **network)
     gc.collect()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    model = IsoNext(**network, gradient_checkpointing=recompute).to(device, memory_format=torch.channels_last)
+    model = IsoNext(**network, keep="input" if recompute else "products").to(device, memory_format=torch.channels_last)
     if compiled:
         model.compile(dynamic=False)
     step = make_step(model, device, bf16, pictures, side)
