@@ -45,12 +45,12 @@ def footprint(
     side: int,  # of the latents, cells
     bf16: bool,
     channels_last: bool,
-    recompute: bool,  # gradient checkpointing
+    keep: str,  # what blocks keep for the backward pass, see model.py
     **network: int,  # the arguments of IsoNext
 ) -> Footprint:
     """Of the training step of that network; computed once for the same arguments."""
     with FakeTensorMode():
-        model = IsoNext(**network, keep="input" if recompute else "products")
+        model = IsoNext(**network, keep=keep)
         for parameter in model.parameters():  # as in all micro-batches but the first
             parameter.grad = torch.empty_like(parameter)
         few, many = COUNTED

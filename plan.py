@@ -30,19 +30,16 @@ class Cut:
     """How a process goes through its share of a batch."""
 
     pictures: int  # at once: the micro-batch
-    recompute: bool  # gradient checkpointing
-
-    @property
-    def keep(self) -> str:
-        """What the network's blocks keep, see model.py."""
-        return "input" if self.recompute else "products"
+    keep: str  # what blocks keep for the backward pass, see model.py
 
     def smaller(self, training: TrainingConfig) -> "Cut | None":
         """What to try where this one ran out of memory; None where nothing is left that the config allows."""
+        if self.keep == "all":
+            return Cut(self.pictures, "products")
         if self.pictures > 1:
-            return Cut(-(-self.pictures // 2), self.recompute)
-        if training.gradient_checkpointing == "auto" and not self.recompute:
-            return Cut(1, True)
+            return Cut(-(-self.pictures // 2), self.keep)
+        if training.gradient_checkpointing == "auto" and self.keep == "products":
+            return Cut(1, "input")
         return None
 
 
@@ -50,20 +47,24 @@ def choose_cut(
     training: TrainingConfig,
     share: int,  # pictures of a batch that this process has
     limit: float,  # bytes for the state and a step
-    needs: Callable[[bool], Footprint],  # with blocks recomputed or not
+    needs: Callable[[str], Footprint],  # of what blocks keep
 ) -> Cut:
     """What the config says, and where it says auto:
 
-    blocks are recomputed only where fewer than 8 pictures (or the micro-batch asked for, or the share) would fit
-    otherwise; the micro-batch is the largest that then fits, or somewhat smaller where that cuts equal pieces.
+    blocks are recomputed from their input only where fewer than 8 pictures (or the micro-batch asked for, or the
+    share) would fit otherwise; the micro-batch is the largest that then fits, or somewhat smaller where that cuts equal
+    pieces. Blocks that are not recomputed keep all where there is room for it, or else their products.
     """
     asked, recompute = training.micro_batch_size, training.gradient_checkpointing
     size = min(share, (ENOUGH if asked == "auto" else asked) or share)
     if recompute == "auto":
-        recompute = needs(False).largest(limit) < size
+        recompute = needs("products").largest(limit) < size
+    keep = "input" if recompute else "products"
     if asked == "auto":
-        size = equal_pieces(share, needs(recompute).largest(limit))
-    return Cut(size, recompute)
+        size = equal_pieces(share, needs(keep).largest(limit))
+    if keep == "products" and needs("all").largest(limit) >= size:
+        keep = "all"
+    return Cut(size, keep)
 
 
 def equal_pieces(share: int, most: int) -> int:
@@ -73,10 +74,10 @@ def equal_pieces(share: int, most: int) -> int:
     return -(-share // count)
 
 
-def needs_of(config: Config, spec: LatentSpec, bf16: bool) -> Callable[[bool], Footprint]:
-    """A function: whether blocks are recomputed -> the footprint of a training step."""
+def needs_of(config: Config, spec: LatentSpec, bf16: bool) -> Callable[[str], Footprint]:
+    """A function: what blocks keep -> the footprint of a training step."""
     side, options = spec.image_size // spec.factor, network_options(config, spec)
-    return lambda recompute: footprint(side, bf16, config.training.channels_last, recompute, **options)
+    return lambda keep: footprint(side, bf16, config.training.channels_last, keep, **options)
 
 
 def reduced(training: TrainingConfig, cut: Cut, share: int) -> str:
@@ -84,7 +85,7 @@ def reduced(training: TrainingConfig, cut: Cut, share: int) -> str:
     parts = []
     if training.micro_batch_size == "auto" and cut.pictures < share:
         parts.append(f", {cut.pictures} pictures at once")
-    if training.gradient_checkpointing == "auto" and cut.recompute:
+    if training.gradient_checkpointing == "auto" and cut.keep == "input":
         parts.append(", blocks recomputed backwards")
     return "".join(parts)
 
@@ -107,10 +108,10 @@ def print_plan(config: Config, vram: float | None) -> None:
     needs = needs_of(config, spec, bf16)
     limit = USED * (vram * GIB - CONTEXT)
     lines = [*_known_lines(config, spec, meta, needs, bf16), *_memory_lines(config, spec, needs, vram, limit)]
-    if needs(True).largest(limit):
+    if needs("input").largest(limit):
         free = replace(config.training, micro_batch_size="auto", gradient_checkpointing="auto")
         cut = choose_cut(free, config.training.batch_size, limit, needs)
-        recompute = str(cut.recompute).lower()
+        recompute = str(cut.keep == "input").lower()
         flags = f"--set training.micro_batch_size={cut.pictures} --set training.gradient_checkpointing={recompute}"
         lines.append(f"for {vram:.3g} GiB: {flags}")
     else:
@@ -132,7 +133,7 @@ def assumed_latents(config: Config) -> LatentSpec:
 
 
 def _known_lines(
-    config: Config, spec: LatentSpec, meta: StoreMeta | None, needs: Callable[[bool], Footprint], bf16: bool
+    config: Config, spec: LatentSpec, meta: StoreMeta | None, needs: Callable[[str], Footprint], bf16: bool
 ) -> list[str]:
     """What no card changes."""
     side, root = spec.image_size // spec.factor, config.data.data_root
@@ -146,29 +147,33 @@ def _known_lines(
     return [
         f"D {config.model.hidden_dim}, N {config.model.num_layers}, {'BF16' if bf16 else 'float32'}; "
         f"latents {spec.channels} x {side} x {side} of {len(spec.styles)} styles, {source}",
-        f"parameters           {needs(False).parameters / 1e6:.2f} M",
+        f"parameters           {needs('input').parameters / 1e6:.2f} M",
         f"latents in memory    {stored}",
     ]
 
 
 def _memory_lines(
-    config: Config, spec: LatentSpec, needs: Callable[[bool], Footprint], vram: float, limit: float
+    config: Config, spec: LatentSpec, needs: Callable[[str], Footprint], vram: float, limit: float
 ) -> list[str]:
-    """The table: a step without and with gradient checkpointing."""
+    """The table: a step, by what blocks keep."""
     model, training = config.model, config.training
     batch, asked = training.batch_size, training.micro_batch_size
     at_once = min(batch, asked if isinstance(asked, int) else batch)
     shape = spec.image_size // spec.factor, spec.channels, model.hidden_dim, model.num_layers
     layer = model.kernel_size, model.expansion
 
-    def row(name: str, cell: Callable[[bool], str]) -> str:
-        return f"{name:30s}{cell(False):>14s}{cell(True):>14s}"
+    def row(name: str, cell: Callable[[str], str]) -> str:
+        return f"{name:30s}" + "".join(f"{cell(keep):>14s}" for keep in ("all", "products", "input"))
+
+    def operations(keep: str) -> str:
+        return f"{step_flops(batch, *shape, *layer, keep == 'input') / 1e12:.3g} TFLOP"
 
     return [
         "",
-        row("gradient checkpointing", lambda it: "on" if it else "off"),
-        row(f"operations a step of {batch}", lambda it: f"{step_flops(batch, *shape, *layer, it) / 1e12:.3g} TFLOP"),
-        row(f"peak memory, {at_once} at once", lambda it: f"{needs(it).peak(at_once) / GIB:.2f} GiB"),
-        row(f"most at once in {vram:.3g} GiB", lambda it: str(min(batch, needs(it).largest(limit)))),
+        row("kept for the backward pass", str),
+        row("gradient checkpointing", lambda keep: "on" if keep == "input" else "off"),
+        row(f"operations a step of {batch}", operations),
+        row(f"peak memory, {at_once} at once", lambda keep: f"{needs(keep).peak(at_once) / GIB:.2f} GiB"),
+        row(f"most at once in {vram:.3g} GiB", lambda keep: str(min(batch, needs(keep).largest(limit)))),
         "",
     ]

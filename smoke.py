@@ -97,9 +97,9 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
 
 
 def check_memory(check: Checks, device: torch.device) -> None:
-    def estimate(side: int, recompute: bool) -> float:
+    def estimate(side: int, keep: str) -> float:
         network = {"latent_channels": 4, "num_styles": STYLES, "hidden_dim": 384, "num_layers": 12}
-        return footprint(side, True, True, recompute, **network).peak(64) / 2**30
+        return footprint(side, True, True, keep, **network).peak(64) / 2**30
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -108,12 +108,12 @@ def check_memory(check: Checks, device: torch.device) -> None:
         shadow = copy.deepcopy(model)  # the EMA
         timed_step(model, optimizer, device, batch=64, side=64, bf16=True)()
         peak = torch.cuda.max_memory_reserved(device) / 2**30
-        detail = f"measured peak {peak:.2f} GB, estimated {estimate(64, True):.2f} GB"
+        detail = f"measured peak {peak:.2f} GB, estimated {estimate(64, 'input'):.2f} GB"
         check("D 384, N 12, batch 64 at 512 px fits 8 GB", peak < 8, detail)
         del shadow
         return
     for side in (32, 64):
-        sizes = [estimate(side, recompute) for recompute in (False, True)]
+        sizes = [estimate(side, keep) for keep in ("products", "input")]
         detail = f"{sizes[0]:.1f} GB, with gradient_checkpointing {sizes[1]:.1f} GB (estimated, not measured)"
         check(f"D 384, N 12, batch 64 at {8 * side} px on a GPU", min(sizes) < 8, detail)
 

@@ -188,7 +188,7 @@ class Trainer:
                 if cut is None or self.accelerator.num_processes > 1:
                     raise
             # Only here, where the error is gone, does nothing hold on to the tensors of the attempt.
-            how = cut.pictures if cut.pictures < self.cut.pictures else "blocks recomputed backwards"
+            how = cut.pictures if cut.pictures < self.cut.pictures else f"blocks that keep their {cut.keep} alone"
             print(f"out of memory in a micro-batch of {self.cut.pictures}: going on with {how}")
             self.cut, self.model.keep = cut, cut.keep
             self.model.zero_grad(set_to_none=True)

@@ -43,13 +43,13 @@ def measured_peak(model: IsoNext, side: int, pictures: int, bf16: bool, channels
     return most
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("keep", ["all", "products", "input"])
 @pytest.mark.parametrize(("bf16", "channels_last"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize(("name", "side", "pictures"), [("small", 16, 6), ("deep", 8, 16), ("wide", 24, 3)])
-def test_the_estimate_is_what_a_real_step_takes(name, side, pictures, bf16, channels_last, recompute):
+def test_the_estimate_is_what_a_real_step_takes(name, side, pictures, bf16, channels_last, keep):
     network = SIZES[name] | {"num_styles": 2}
-    model = IsoNext(**network, keep="input" if recompute else "products")
-    estimate = footprint(side, bf16, channels_last, recompute, **network)
+    model = IsoNext(**network, keep=keep)
+    estimate = footprint(side, bf16, channels_last, keep, **network)
     assert estimate.state == sum(5 * 4 * parameter.numel() for parameter in model.parameters())
     expected = measured_peak(model, side, pictures, bf16, channels_last)
     assert estimate.peak(pictures) - estimate.state == pytest.approx(expected, rel=0.15)
@@ -58,11 +58,11 @@ def test_the_estimate_is_what_a_real_step_takes(name, side, pictures, bf16, chan
 def test_a_network_that_is_not_on_a_cpu_takes_as_much(monkeypatch):
     """The depthwise convolution has a gradient of its own on a CPU; elsewhere PyTorch's saves as many bytes."""
     network = SIZES["deep"] | {"num_styles": 2}
-    for recompute in (False, True):
-        own = footprint.__wrapped__(16, True, True, recompute, **network)
+    for keep in ("all", "products", "input"):
+        own = footprint.__wrapped__(16, True, True, keep, **network)
         with monkeypatch.context() as patch:
             patch.setattr(DepthwiseConv, "forward", torch.nn.Conv2d.forward)
-            plain = footprint.__wrapped__(16, True, True, recompute, **network)
+            plain = footprint.__wrapped__(16, True, True, keep, **network)
         assert own.picture == pytest.approx(plain.picture, rel=0.02)
 
 
@@ -70,7 +70,7 @@ def test_counting_neither_takes_memory_nor_draws_random_numbers():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    huge = footprint(512, True, True, False, latent_channels=4, num_styles=2, hidden_dim=1024, num_layers=4)
+    huge = footprint(512, True, True, "products", latent_channels=4, num_styles=2, hidden_dim=1024, num_layers=4)
     assert huge.peak(64) > 2**40  # 1 TiB, which this machine does not have
     assert torch.equal(torch.rand(1), expected)
 

@@ -14,32 +14,35 @@ from cost import Footprint, step_flops
 from model import count_parameters
 from plan import Cut, choose_cut, equal_pieces, needs_of, print_plan, reduced
 
+ALL = Footprint(parameters=0, state=0, fixed=0, picture=20)
 PLAIN = Footprint(parameters=0, state=0, fixed=0, picture=10)
 SAVING = Footprint(parameters=0, state=0, fixed=0, picture=2)
 
 
-def needs(recompute: bool) -> Footprint:
-    return SAVING if recompute else PLAIN
+def needs(keep: str) -> Footprint:
+    return {"all": ALL, "products": PLAIN, "input": SAVING}[keep]
 
 
 @pytest.mark.parametrize(
     ("micro", "recompute", "share", "limit", "cut"),
     [
-        ("auto", "auto", 64, 1000, Cut(64, False)),  # all of it fits
-        ("auto", "auto", 64, 90, Cut(8, False)),  # 9 fit: enough
-        ("auto", "auto", 64, 80, Cut(8, False)),
-        ("auto", "auto", 64, 79, Cut(32, True)),  # 7 fit: too few; 39 with blocks recomputed
-        ("auto", "auto", 4, 45, Cut(4, False)),  # few, but all there are
-        ("auto", "auto", 64, 1, Cut(1, True)),  # nothing fits: the step itself will tell
-        ("auto", False, 64, 79, Cut(4, False)),
-        ("auto", True, 64, 1000, Cut(64, True)),
-        (16, "auto", 64, 160, Cut(16, False)),
-        (16, "auto", 64, 159, Cut(16, True)),
-        (2, "auto", 64, 20, Cut(2, False)),
-        (100, "auto", 64, 640, Cut(64, False)),
-        (None, "auto", 64, 639, Cut(64, True)),
-        (None, False, 64, 1, Cut(64, False)),  # said, so done
-        (16, True, 64, 1, Cut(16, True)),
+        ("auto", "auto", 64, 1280, Cut(64, "all")),  # all of it fits
+        ("auto", "auto", 64, 1279, Cut(64, "products")),
+        (16, False, 64, 320, Cut(16, "all")),
+        ("auto", "auto", 64, 90, Cut(8, "products")),  # 9 fit: enough
+        ("auto", "auto", 64, 80, Cut(8, "products")),
+        ("auto", "auto", 64, 79, Cut(32, "input")),  # 7 fit: too few; 39 with blocks recomputed
+        ("auto", "auto", 4, 45, Cut(4, "products")),  # few, but all there are
+        ("auto", "auto", 64, 1, Cut(1, "input")),  # nothing fits: the step itself will tell
+        ("auto", False, 64, 79, Cut(4, "products")),
+        ("auto", True, 64, 1000, Cut(64, "input")),
+        (16, "auto", 64, 160, Cut(16, "products")),
+        (16, "auto", 64, 159, Cut(16, "input")),
+        (2, "auto", 64, 20, Cut(2, "products")),
+        (100, "auto", 64, 640, Cut(64, "products")),
+        (None, "auto", 64, 639, Cut(64, "input")),
+        (None, False, 64, 1, Cut(64, "products")),  # said, so done
+        (16, True, 64, 1, Cut(16, "input")),
     ],
 )
 def test_the_rule_of_auto(micro, recompute, share, limit, cut):
@@ -47,9 +50,9 @@ def test_the_rule_of_auto(micro, recompute, share, limit, cut):
     assert choose_cut(training, share, limit, needs) == cut
 
 
-def test_nothing_is_counted_where_nothing_is_auto():
-    training = TrainingConfig(micro_batch_size=4, gradient_checkpointing=False)
-    assert choose_cut(training, 64, 0, lambda recompute: pytest.fail("counted")) == Cut(4, False)
+def test_nothing_is_counted_where_nothing_is_left_to_choose():
+    training = TrainingConfig(micro_batch_size=4, gradient_checkpointing=True)
+    assert choose_cut(training, 64, 0, lambda keep: pytest.fail("counted")) == Cut(4, "input")
 
 
 @pytest.mark.parametrize(
@@ -69,15 +72,18 @@ def test_pieces_never_exceed_what_fits_nor_are_twice_as_many_as_needed(share):
 
 def test_what_is_tried_after_running_out_of_memory():
     auto, fixed = TrainingConfig(), TrainingConfig(gradient_checkpointing=False)
-    assert [Cut(n, False).smaller(auto) for n in (9, 2, 1)] == [Cut(5, False), Cut(1, False), Cut(1, True)]
-    assert Cut(1, True).smaller(auto) is None and Cut(1, False).smaller(fixed) is None
-    assert Cut(2, True).smaller(TrainingConfig(gradient_checkpointing=True)) == Cut(1, True)
+    tried = [Cut(9, "all")]
+    while cut := tried[-1].smaller(auto):
+        tried.append(cut)
+    assert tried == [Cut(9, "all"), *(Cut(n, "products") for n in (9, 5, 3, 2, 1)), Cut(1, "input")]
+    assert Cut(1, "input").smaller(auto) is None and Cut(1, "products").smaller(fixed) is None
+    assert Cut(2, "input").smaller(TrainingConfig(gradient_checkpointing=True)) == Cut(1, "input")
 
 
 def test_only_what_auto_has_cut_is_said():
-    assert reduced(TrainingConfig(), Cut(64, False), 64) == ""
-    assert reduced(TrainingConfig(), Cut(16, True), 64) == ", 16 pictures at once, blocks recomputed backwards"
-    assert reduced(TrainingConfig(micro_batch_size=16, gradient_checkpointing=True), Cut(16, True), 64) == ""
+    assert reduced(TrainingConfig(), Cut(64, "products"), 64) == ""
+    assert reduced(TrainingConfig(), Cut(16, "input"), 64) == ", 16 pictures at once, blocks recomputed backwards"
+    assert reduced(TrainingConfig(micro_batch_size=16, gradient_checkpointing=True), Cut(16, "input"), 64) == ""
 
 
 #################################################################################
@@ -104,10 +110,12 @@ def test_the_plan_of_a_store_has_its_figures(store, make_config, printed, monkey
     assert lines[0].startswith("D 16, N 1, BF16; latents 12 x 4 x 4 of 2 styles, from ")
     assert lines[1].split() == ["parameters", f"{parameters / 1e6:.2f}", "M"]
     assert "40 with mirrored ones" in lines[2] and f"{4 * 40 * 12 * 16 / 2**30:.3g} GiB" in lines[2]
-    flops = [step_flops(4, 4, 12, 16, 1, kernel_size=3, recompute=recompute) / 1e12 for recompute in (False, True)]
-    table = dict(re.match(r"(\S.*?)  +(.*)", line).groups() for line in lines[4:8])
+    flops = [
+        step_flops(4, 4, 12, 16, 1, kernel_size=3, recompute=recompute) / 1e12 for recompute in (False, False, True)
+    ]
+    table = dict(re.match(r"(\S.*?)  +(.*)", line).groups() for line in lines[4:9])
     assert re.findall(r"(\S+) TFLOP", table["operations a step of 4"]) == [f"{value:.3g}" for value in flops]
-    assert table["most at once in 8 GiB"].split() == ["4", "4"]
+    assert table["most at once in 8 GiB"].split() == ["4", "4", "4"]
     flags = "--set training.micro_batch_size=4 --set training.gradient_checkpointing=false"
     assert lines[-1] == f"for 8 GiB: {flags}"
 
@@ -117,11 +125,11 @@ def test_a_small_card_gets_the_flags_that_fit_it(store, make_config, printed, sh
     deep = {"model.num_layers": 8}  # of few blocks, recomputing saves nothing
     spec = plan.read_meta(store / "latents").latents
     needs = needs_of(make_config(store, deep), spec, True)
-    limit = needs(True).peak(2 if short else 4) * 1.0001
+    limit = needs("input").peak(2 if short else 4) * 1.0001
     vram = (limit / plan.USED + plan.CONTEXT) / plan.GIB
     asked = {"training.micro_batch_size": 3, "training.gradient_checkpointing": False}
     cut = choose_cut(TrainingConfig(), 4, limit, needs)
-    assert cut == Cut(2 if short else 4, True)
+    assert cut == Cut(2 if short else 4, "input")
     assert printed(asked | deep, vram)[-1].endswith(
         f"--set training.micro_batch_size={cut.pictures} --set training.gradient_checkpointing=true"
     )

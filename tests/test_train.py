@@ -365,8 +365,9 @@ def test_out_of_memory_halves_the_micro_batch_and_the_run_is_that_of_the_smaller
     card = Card(monkeypatch, 2, backwards=backwards)
     halved = train(config(EIGHT, "halved"), quiet=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
-    assert lines == [f"out of memory in a micro-batch of {n}: going on with {n // 2}" for n in (8, 4)]
-    assert card.attempts == 2 and card.seen == [8, 4] + [2] * 4 * halved.total_steps
+    words = ((8, "blocks that keep their products alone"), (8, 4), (4, 2))
+    assert lines == [f"out of memory in a micro-batch of {n}: going on with {what}" for n, what in words]
+    assert card.attempts == 3 and card.seen == [8, 8, 4] + [2] * 4 * halved.total_steps
     one, other = (torch.load(store / name / "stage1_epoch4.pt", weights_only=True) for name in ("small", "halved"))
     for part in ("model", "ema", "optimizer"):
         assert_same(one[part], other[part], part)
@@ -383,13 +384,13 @@ def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones
 
     def losses(network, part):
         calls.append(len(part.t))
-        if len(calls) == 2:
+        if len(calls) in (2, 4):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(network, part)
 
     monkeypatch.setattr(halved, "losses", losses)
     assert [small.train_step() for _ in range(3)] == [halved.train_step() for _ in range(3)]
-    assert calls == [4, 4] + [2] * 12
+    assert calls == [4] * 4 + [2] * 12
     assert_same(state(small), state(halved))
     assert torch.equal(small.quarter_sums, halved.quarter_sums) and small.quarter_sums[1].sum() == 24
 
@@ -399,13 +400,14 @@ def test_at_one_picture_blocks_are_recomputed_where_that_is_left_to_the_program(
     trainer = Trainer(config(EIGHT | {"training.micro_batch_size": 2}))
     trainer.train_step()
     assert capsys.readouterr().out.splitlines() == [
+        "out of memory in a micro-batch of 2: going on with blocks that keep their products alone",
         "out of memory in a micro-batch of 2: going on with 1",
-        "out of memory in a micro-batch of 1: going on with blocks recomputed backwards",
+        "out of memory in a micro-batch of 1: going on with blocks that keep their input alone",
     ]
-    assert trainer.model.keep == "input" and card.seen == [2, 1] + [1] * 8
+    assert trainer.model.keep == "input" and card.seen == [2, 2, 1] + [1] * 8
 
 
-@pytest.mark.parametrize(("recompute", "sizes"), [(False, [2, 1]), (True, [2, 1]), ("auto", [2, 1, 1])])
+@pytest.mark.parametrize(("recompute", "sizes"), [(False, [2, 2, 1]), (True, [2, 1]), ("auto", [2, 2, 1, 1])])
 def test_where_nothing_is_left_to_cut_the_error_stands(config, monkeypatch, recompute, sizes):
     card = Card(monkeypatch, room=0)
     changes = {"training.micro_batch_size": 2, "training.gradient_checkpointing": recompute}
@@ -439,20 +441,21 @@ def test_compiling_runs_out_of_memory_and_goes_on_too(config, monkeypatch, capsy
     said = capsys.readouterr().out
     assert "going on with 4" in said and "does not work here" not in said
     trainer.train_step()
-    assert sizes == [8, 4, 4, 4]
+    assert sizes == [8, 8, 4, 4, 4]
 
 
 def test_auto_cuts_a_batch_that_does_not_fit_and_says_so_in_the_first_line(config, monkeypatch, capsys):
     deep = EIGHT | {"model.num_layers": 8, "training.stage1_epochs": 1}  # of few blocks, recomputing saves nothing
     whole = train(config(deep, "whole"), quiet=True)
-    assert "at once" not in capsys.readouterr().out and whole.cut == Cut(8, False)
+    assert "at once" not in capsys.readouterr().out and whole.cut == Cut(8, "all")
     needs = plan.needs_of(whole.config, whole.spec, whole.bf16)
     for limit, cut, said in (
-        (needs(False).peak(7), Cut(8, True), ", blocks recomputed backwards"),
-        (needs(True).peak(5), Cut(4, True), ", 4 pictures at once, blocks recomputed backwards"),
+        (needs("all").peak(7), Cut(8, "products"), ""),
+        (needs("products").peak(7), Cut(8, "input"), ", blocks recomputed backwards"),
+        (needs("input").peak(5), Cut(4, "input"), ", 4 pictures at once, blocks recomputed backwards"),
     ):
         monkeypatch.setattr(trainer_module, "free_bytes", lambda device, limit=limit: limit / plan.USED + 1)
-        assert train(config(deep, said), quiet=True).cut == cut
+        assert train(config(deep, f"{limit}"), quiet=True).cut == cut
         assert capsys.readouterr().out.splitlines()[0].endswith(f"in BF16{said}".replace("BF16", precision(whole)))
 
 
