@@ -84,25 +84,17 @@ def deterministic(device: torch.device, enabled: bool = True) -> Iterator[None]:
 
 
 def prepare_process() -> None:
-    """What makes everything after it faster and changes no result: called once, before the first tensor."""
-    keep_freed_memory()
+    """What makes everything after it faster and changes no result: called once, before the first large tensor."""
+    with contextlib.suppress(OSError, AttributeError):  # not the C library of Linux
+        # It hands blocks of 32 MB and more back to the system at once, and a training step would get its activations
+        # from there anew, page by page, at the price of much of its time on a CPU.
+        library = ctypes.CDLL(None)
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no block is had from the system singly
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is freed stays with the process
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "isonext", "compiled")
     with contextlib.suppress(OSError):  # torch's own place for it is a folder that a restart of the machine empties
         cache.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-
-
-def keep_freed_memory(enabled: bool = True) -> None:
-    """Whether the C library of Linux keeps what large tensors leave, or hands it back to the system at once.
-
-    At once is its default from 32 MB on. Every step would then get its activations page by page from the system anew,
-    which costs a CPU a third of the step. Nothing happens where there is no `mallopt`.
-    """
-    mmap_max, trim_threshold = (0, 2**31 - 1) if enabled else (65536, 128 * 1024)
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(-4, mmap_max)  # M_MMAP_MAX: how many pieces may be had from the system singly
-        library.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
 
 
 def allow_tf32(enabled: bool) -> None:

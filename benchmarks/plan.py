@@ -3,7 +3,7 @@
 python benchmarks/plan.py
 python benchmarks/plan.py --sizes 384x12x64x8 --compile
 
-Each size is D x N x side of the latents x pictures at once; of each, with gradient kept and without, two
+Each size is D x N x side of the latents x pictures at once; of each, for all that blocks may keep, two
 micro-batches, the optimiser and the average are run. On CUDA the peak is the allocator's own count; elsewhere it is the
 sum of what PyTorch's profiler saw allocated and freed, and of the state. The last line is JSON.
 """
