@@ -195,8 +195,8 @@ def test_two_processes_write_the_same_store_as_one_even_after_a_kill(studio, tmp
 
     two = launch(tmp_path, "preprocess_latents.py", *flags)
     assert two.returncode != 0 and "exitcode  : 1" in two.stderr and not errors(two)  # a picture was skipped
-    kept = int(two.stdout.partition(" kept")[0].rpartition(" ")[2])
-    assert 4 <= kept < 38 and f"two: {38 - kept} encoded" in two.stdout
+    kept = int(two.stdout.partition(" kept")[0].rpartition(" ")[2])  # of four threads three were at work when it died
+    assert 1 <= kept < 38 and f"two: {38 - kept} encoded" in two.stdout
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     skipped = [line for line in one.stdout.splitlines() if "skipped" in line]
     assert len(skipped) == 3 and [line for line in two.stdout.splitlines() if "skipped" in line] == skipped
