@@ -11,21 +11,16 @@ import time
 from pathlib import Path
 
 from cli import UserError, new_parser, run
-from config import load_config
+from config import Config, load_config
 
 
 def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from checkpoint import epoch_checkpoints  # torch takes seconds to import, and --help should not
-    from demo_pictures import draw_folders
+    from demo_pictures import draw_folders  # torch takes seconds to import, and --help should not
     from device import pick_device
-    from logbook import plot_losses
-    from pipeline import load_pipeline, transfer_settings
     from preprocessing import preprocess, print_report
     from processes import refuse_several
-    from report import report_text, write_report
-    from ruler import Ruler, encode_styles, load_styles
     from trainer import train
 
     refuse_several("demo.py")
@@ -51,10 +46,25 @@ def main(args: argparse.Namespace) -> int:
     if trainer.step < trainer.total_steps:
         return 130
     print("4/4  evaluate.py: transfer the test pictures both ways and measure")
+    text, shown = measure(config, pictures, output)
+    print(f"\n{text}\n")
+    print(f"look at {', '.join(map(str, shown))}   ({time.perf_counter() - started:.0f} s)")
+    return 0
+
+
+def measure(config: Config, pictures: Path, output: Path) -> tuple[str, list[Path]]:
+    """The report on the last checkpoint as text, and the sheets and curves that it leaves in `output`."""
+    from checkpoint import epoch_checkpoints
+    from device import pick_device
+    from logbook import plot_losses
+    from pipeline import load_pipeline, transfer_settings
+    from report import report_text, write_report
+    from ruler import Ruler, encode_styles, load_styles
+
     checkpoints = epoch_checkpoints(Path(config.checkpoint.save_dir))
     if not checkpoints:
         raise UserError(f"{config.checkpoint.save_dir}: no checkpoint was written; delete {output} and run again")
-    pipeline, _ = load_pipeline(checkpoints[-1], device)
+    pipeline, _ = load_pipeline(checkpoints[-1], pick_device("auto"))
     how = transfer_settings(config.inference)
     if config.training.compile:
         pipeline.compile()
@@ -63,11 +73,7 @@ def main(args: argparse.Namespace) -> int:
     results = [ruler.measure(pipeline, how, checkpoints[-1].name)]
     sheets = write_report(ruler, results, output)
     plot_losses(Path(config.checkpoint.save_dir) / "metrics.jsonl", output / "losses.png")
-
-    print(f"\n{report_text(ruler, results)}\n")
-    shown = ", ".join(str(path) for path in (*sheets, output / "losses.png"))
-    print(f"look at {shown}   ({time.perf_counter() - started:.0f} s)")
-    return 0
+    return report_text(ruler, results), [*sheets, output / "losses.png"]
 
 
 def build_parser() -> argparse.ArgumentParser:
