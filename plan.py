@@ -125,7 +125,8 @@ def print_plan(config: Config, vram: float | None) -> None:
 def assumed_latents(config: Config) -> LatentSpec:
     """What the latents will be where there is no store yet, as far as it can be told without the autoencoder."""
     name, model = config.autoencoder.name, config.model
-    channels, factor = model.latent_channels or 4, 8  # those of Stable Diffusion's VAE
+    channels, factor = (32, 16) if Path(name).suffix else (4, 8)  # a VA-VAE's file; Stable Diffusion's VAE
+    channels = model.latent_channels or channels
     if name.partition(":")[0] == "dct":
         codec = DctCodec(name)
         channels, factor = codec.channels, codec.factor
