@@ -29,7 +29,7 @@ from cli import UserError
 from config import TrainingConfig
 from files import load_data, remove_unfinished, written_whole
 from flow import drop_labels, pair_noise, sample_time
-from shards import Rows, read_alike, shard_paths
+from shards import OURS, Rows, read_alike, shard_paths
 
 FORMAT = 1
 
@@ -239,19 +239,20 @@ def load_split(root: Path, meta: StoreMeta, split: str, memory_limit: int | None
 
 def sharded(root: Path, meta: StoreMeta, names: list[str]) -> Rows:
     """The named entries' rows in the store's shards, memory-mapped."""
-    shards, spec = read_alike(shard_paths(root)), meta.latents
+    ours, spec = meta.layout != "foreign", meta.latents
+    shards = read_alike(shard_paths(root, OURS) if ours else shard_paths(root), copies=1 + meta.flip)
     try:
-        if meta.layout == "foreign":  # an entry there is `<style>/<number of the row>`
-            numbers = [int(name.rpartition("/")[2]) for name in names]
-        else:
-            places = {
-                entry: number for number, entry in enumerate(entry for shard in shards for entry in shard.pictures)
-            }
+        if ours:
+            entries = [entry for shard in shards for entry in shard.pictures]
+            places = {entry: number for number, entry in enumerate(entries)}
             numbers = [places[name] for name in names]
+        else:  # an entry there is `<style>/<number of the row>`
+            numbers = [int(name.rpartition("/")[2]) for name in names]
         rows = Rows(shards, np.array(numbers, np.int64), 1 + meta.flip)
     except (KeyError, IndexError) as error:  # IndexError: there is not one shard
         raise UserError(f"{root}: the shards lack {error}; run preprocess_latents.py again") from None
-    if rows.shape[2] != spec.channels or rows.shape[-1] != spec.image_size // spec.factor:
+    stored = len(shards[0].copies), rows.shape[2], rows.shape[-1]
+    if stored != (1 + meta.flip, spec.channels, spec.image_size // spec.factor):
         raise UserError(f"{root}: the shards do not match meta.json; run preprocess_latents.py again")
     return rows
 

@@ -32,7 +32,7 @@ from latents import (
     split_off,
     write_latent,
 )
-from shards import Row, ShardPlan, plan_shards, read_shard, shard_paths, tidy, write_shard
+from shards import OURS, Row, ShardPlan, plan_shards, read_shard, shard_paths, tidy, write_shard
 
 BATCH = 16  # pictures at once
 
@@ -145,7 +145,7 @@ def _stored_styles(root: Path, meta: StoreMeta) -> set[str]:
 def _stored_in_shards(root: Path) -> set[str]:
     """The entries of all shards but the damaged ones."""
     entries = set()
-    for path in shard_paths(root):
+    for path in shard_paths(root, OURS):
         with contextlib.suppress(UserError):
             entries |= read_shard(path).pictures.keys()
     return entries

@@ -24,6 +24,7 @@ from cli import UserError
 from files import natural_order, written_whole
 
 SHARD_BYTES = 2**26  # of latents; what a kill can cost at most, and many times what a read costs to begin
+OURS = "latents-[0-9]*.safetensors"  # the shards of a store of ours; others beside them are left alone
 LABELS = {"labels": 0, "user_ids": 1}  # the tensor's name, and where its counting starts
 
 
@@ -54,9 +55,9 @@ class Shard:
 #################################################################################
 
 
-def shard_paths(root: Path) -> list[Path]:
+def shard_paths(root: Path, pattern: str = "*.safetensors") -> list[Path]:
     """The folder's shards in natural order, which is that of their rows."""
-    found = (path for path in root.glob("*.safetensors") if not path.name.startswith("."))
+    found = (path for path in root.glob(pattern) if not path.name.startswith("."))
     return sorted(found, key=lambda path: natural_order(path.name))
 
 
@@ -80,7 +81,10 @@ def read_shard(path: Path) -> Shard:
             tensors = {name: file.get_tensor(name) for name in ("latents", "latents_flip", *LABELS) if name in names}
             pictures = json.loads((file.metadata() or {}).get("pictures", "{}"))
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or no safetensors file ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: damaged, or no safetensors file ({reason}); copy it anew, or run preprocess_latents.py again"
+        ) from None
     kind = next((name for name in LABELS if name in tensors), None)
     if "latents" not in tensors or kind is None:
         shown = ", ".join(sorted(names)) or "nothing"
@@ -113,20 +117,22 @@ def _check_form(path: Path, copies: list[Tensor], labels: Tensor, kind: str) -> 
 #################################################################################
 
 
-def read_alike(paths: list[Path]) -> list[Shard]:
-    """Shards whose rows can be mixed: of one shape, dtype and kind of labels, all with mirrored ones or none."""
+def read_alike(paths: list[Path], copies: int = 2) -> list[Shard]:
+    """Shards whose rows can be mixed: of one shape, dtype and kind of labels, all with as many of `copies` copies."""
     shards = [read_shard(path) for path in paths]
+    for shard in shards:
+        del shard.copies[copies:]
 
     def form(shard: Shard) -> dict:
         labels = {start: name for name, start in LABELS.items()}[shard.first]
         shape, dtype = tuple(shard.copies[0].shape[1:]), shard.copies[0].dtype
-        return {"shape": shape, "dtype": dtype, "labels": labels, "mirrored copies": len(shard.copies) - 1}
+        return {"shape": shape, "dtype": dtype, "labels called": labels, "copies": len(shard.copies)}
 
     for shard in shards[1:]:
         for name, value in form(shard).items():
             first = form(shards[0])[name]
             if value != first:
-                raise UserError(f"{shard.path}: latents with {name} {value}, but those of {paths[0].name} with {first}")
+                raise UserError(f"{shard.path}: {name} {value}, but {first} in {paths[0].name}; they must be alike")
     return shards
 
 
@@ -184,7 +190,7 @@ class ShardPlan:
 def plan_shards(root: Path, count: int, row_bytes: int, batch: int, styles: list[str]) -> ShardPlan:
     """For `count` pictures of `row_bytes` bytes: whole batches a shard, under the lowest numbers that are free."""
     length = max(1, SHARD_BYTES // (row_bytes * batch)) * batch
-    taken = {path.name for path in shard_paths(root)}
+    taken = {path.name for path in shard_paths(root, OURS)}
     free = (name for number in itertools.count() if (name := f"latents-{number:05}.safetensors") not in taken)
     return ShardPlan(list(itertools.islice(free, -(-count // length))), length, styles)
 
@@ -195,7 +201,7 @@ def tidy(root: Path, wanted: Callable[[str, list[int]], bool], copies: int, styl
     A shard that loses rows is written anew without them; one that is left empty, or is damaged, is deleted.
     """
     kept: set[str] = set()
-    for path in shard_paths(root):
+    for path in shard_paths(root, OURS):
         try:
             shard = read_shard(path)
         except UserError:  # damaged: its pictures are encoded again
