@@ -162,7 +162,8 @@ def held_out(names: Iterable[str], fraction: float) -> set[str]:
     leave the split empty; that of the highest hash is always trained on, so that no style is held out whole.
     """
     rank = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
-    return {name for name, value in rank.items() if value < min(fraction, max(rank.values()))}
+    limit = min(fraction, max(rank.values(), default=0))
+    return {name for name, value in rank.items() if value < limit}
 
 
 def split_off(groups: dict[str, str], fraction: float) -> set[str]:
