@@ -250,7 +250,7 @@ def encode(
     )
     results, rows = {}, []
     total, quiet = sum(map(len, own)), quiet if processes.is_main() else True
-    at_once = 1 if plan else 4 * BATCH  # shards, or single files
+    at_once = 0 if plan else 4 * BATCH  # a shard is written before the next is begun: a kill costs no more than one
     with tqdm(total=total, desc="encoding", unit="picture", disable=quiet) as bar, in_background(at_once) as submit:
         for items in loader:
             rows += _encoded(items, todo, codec, config.data.flip, device)
