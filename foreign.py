@@ -18,7 +18,7 @@ import processes
 from cli import UserError
 from config import Config
 from files import load_data
-from latents import LatentSpec, StoreMeta, channel_statistics, open_store, sharded, split_off
+from latents import LatentSpec, StoreMeta, channel_statistics, open_store, sharded, shown, split_off
 from shards import Shard, read_alike, shard_paths
 
 STATISTICS = "latents_stats.pt"
@@ -101,8 +101,8 @@ def _part(path: Path) -> str | None:
 def _spec(root: Path, shape: tuple[int, ...], styles: list[str], config: Config) -> LatentSpec:
     """Latents of `shape` (C, *space), under the config's autoencoder and size of pictures."""
     size, side = config.data.image_size, shape[-1]
-    if len(set(shape[1:])) > 1:
-        raise UserError(f"{root}: latents of {' x '.join(map(str, shape[1:]))} cells; they must be square")
+    if len(shape) != 3 or shape[1] != shape[2]:  # the one place that would have to let others through
+        raise UserError(f"{root}: latents of {shown(shape[1:])} cells; they must be square pictures' (n, C, h, h)")
     if size % side:
         raise UserError(
             f"data.image_size = {size}: the latents at {root} have {side} cells a side; set it to the side of the "

@@ -228,8 +228,7 @@ def load_split(root: Path, meta: StoreMeta, split: str, memory_limit: int | None
     if memory_limit is None:  # shared by the processes of a machine, and the least of all, so that all do the same
         memory_limit = min(processes.gather(psutil.virtual_memory().available // (2 * processes.local_world())))
     if meta.layout == "pt":
-        side = spec.image_size // spec.factor
-        shape = (1 + meta.flip, len(names), spec.channels, side, side)
+        shape = (1 + meta.flip, len(names), spec.channels, *spec.space)
         whole = 4 * int(np.prod(shape)) <= memory_limit
         latents = _filled(root, names, shape) if whole else _packed(root, split, names, shape)
     else:
@@ -252,8 +251,7 @@ def sharded(root: Path, meta: StoreMeta, names: list[str]) -> Rows:
         rows = Rows(shards, np.array(numbers, np.int64), 1 + meta.flip)
     except (KeyError, IndexError) as error:  # IndexError: there is not one shard
         raise UserError(f"{root}: the shards lack {error}; run preprocess_latents.py again") from None
-    stored = len(shards[0].copies), rows.shape[2], rows.shape[-1]
-    if stored != (1 + meta.flip, spec.channels, spec.image_size // spec.factor):
+    if (len(shards[0].copies), *rows.shape[2:]) != (1 + meta.flip, spec.channels, *spec.space):
         raise UserError(f"{root}: the shards do not match meta.json; run preprocess_latents.py again")
     return rows
 

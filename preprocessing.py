@@ -1,6 +1,7 @@
 """Folders of pictures to a latent store: what is there already, what is new, statistics and split."""
 
 import contextlib
+import math
 import os
 import time
 from collections import Counter
@@ -173,7 +174,7 @@ def _plan(root: Path, meta: StoreMeta, count: int) -> ShardPlan | None:
     if meta.layout == "pt":
         return None
     spec = meta.latents
-    row_bytes = 4 * (1 + meta.flip) * spec.channels * (spec.image_size // spec.factor) ** 2
+    row_bytes = 4 * (1 + meta.flip) * spec.channels * math.prod(spec.space)
     return plan_shards(root, count, row_bytes, BATCH, spec.styles)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import load_checkpoint, network_options
+from checkpoint import load_checkpoint, network_of
 from cli import UserError
 from foreign import find_store, survey
 from latents import LatentSpec, load_split, open_store
@@ -118,18 +118,6 @@ def test_a_class_with_one_latent_is_trained_on(tmp_path, config):
     assert meta.counts["1"] == {"train": 1, "val": 0} and meta.counts["0"]["val"] > 0
 
 
-def test_latents_of_one_dimension_keep_their_form(tmp_path, config):
-    write(tmp_path / "latents" / "a.safetensors", [0, 1], first=4.0, shape=(2, 8))
-    write_statistics(tmp_path / "latents", [1.0, 2.0], [1.0, 2.0])
-    config.data.val_fraction = 0.0
-    meta = find_store(tmp_path / "latents", config)
-    assert (meta.latents.channels, meta.latents.factor) == (2, 1)
-    split = load_split(tmp_path / "latents", meta, "train")
-    x, _ = split.batch(torch.tensor([1, 0]))
-    assert x.shape == (2, 2, 8) and x[:, :, 7].tolist() == [[4.0, 1.5], [3.0, 1.0]]
-    torch.testing.assert_close(meta.latents.restore(x)[:, 1, 0], torch.tensor([5.0, 4.0]))
-
-
 #################################################################################
 #                         train and val files, user ids                         #
 #################################################################################
@@ -216,6 +204,8 @@ def test_sizes_that_do_not_fit_are_named(tmp_path, root, config):
     refused(root, config, r"data\.image_size = 9: the latents at .* have 2 cells a side")
     write(tmp_path / "wide" / "a.safetensors", [0], shape=(2, 2, 4))
     refused(tmp_path / "wide", config, "latents of 2 x 4 cells; they must be square")
+    write(tmp_path / "series" / "a.safetensors", [0], shape=(2, 8))
+    refused(tmp_path / "series", config, "latents of 8 cells; they must be square")
 
 
 @pytest.mark.parametrize(
@@ -245,10 +235,10 @@ def test_other_channels_or_classes_than_the_configs_are_refused(root, config):
     spec = find_store(root, config).latents
     config.model.latent_channels = 32
     with pytest.raises(UserError, match=r"model\.latent_channels = 32, but the latents have 2; leave the key out"):
-        network_options(config, spec)
+        network_of(config, spec)
     config.model.latent_channels, config.data.num_classes = None, 10
     with pytest.raises(UserError, match=r"data\.num_classes = 10, but the latents have 3 styles"):
-        network_options(config, spec)
+        network_of(config, spec)
 
 
 def test_an_autoencoder_of_another_cell_size_says_what_to_set(root, config, cpu):
