@@ -179,15 +179,26 @@ def _count(state: State) -> int:
     return len(state.position if isinstance(state, LatticeState) else state)
 
 
+def load_codec(spec: LatentSpec, device: torch.device, where: str) -> nn.Module:
+    """The autoencoder of a model's latents; a UserError where it is not one of such latents."""
+    codec = load_autoencoder(spec.autoencoder, device)
+    if codec.channels != spec.channels:
+        raise UserError(
+            f"{where}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
+        )
+    if codec.factor != spec.factor:  # only latents of another program, see foreign.py
+        raise UserError(
+            f"{where}: trained on latents of {spec.factor} pixels a cell, autoencoder {codec.name} has {codec.factor}: "
+            "data.image_size was not the size of the pictures that the latents were computed from"
+        )
+    return codec
+
+
 def load_pipeline(path: str | Path, device: torch.device) -> tuple[Pipeline, Config]:
     """The averaged network of a checkpoint with its own autoencoder and statistics, and the config it was made by."""
     checkpoint = load_checkpoint(path)
     spec = checkpoint.latents
-    codec = load_autoencoder(spec.autoencoder, device)
-    if codec.channels != spec.channels:
-        raise UserError(
-            f"{path}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
-        )
+    codec = load_codec(spec, device, str(path))
     model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)
     bf16 = checkpoint.config.training.use_amp and has_bf16(device)
     return Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base), checkpoint.config

@@ -14,6 +14,7 @@ from cli import UserError
 from config import Config, TrainingConfig
 from cost import Footprint, footprint, step_flops
 from device import has_bf16
+from foreign import survey
 from latents import LatentSpec, StoreMeta, read_meta, shown
 
 GIB = 2**30
@@ -104,7 +105,8 @@ def print_plan(config: Config, vram: float | None) -> None:
     if vram is None:
         vram = torch.cuda.mem_get_info()[1] / GIB if card else 8.0
     bf16 = config.training.use_amp and (not card or has_bf16(torch.device("cuda")))
-    meta = read_meta(Path(config.data.data_root))
+    root = Path(config.data.data_root)
+    meta = read_meta(root) or survey(root, config)
     spec = meta.latents if meta else assumed_latents(config)
     needs = needs_of(config, spec, bf16)
     limit = USED * (vram * GIB - CONTEXT)
