@@ -103,7 +103,9 @@ class DataConfig:
 
 @dataclass
 class AutoencoderConfig:
-    name: str = key("stabilityai/sd-vae-ft-mse", "a hub id, a local diffusers folder, dct, or dct:f4c12")
+    name: str = key(
+        "stabilityai/sd-vae-ft-mse", "a hub id, a local diffusers folder, a checkpoint file, dct, or dct:f4c12"
+    )
 
 
 @dataclass
