@@ -50,6 +50,7 @@ def sample(args: argparse.Namespace) -> int:
         images.save_picture(grid(samples, pipeline.spec), args.output / "grid.png")
         if args.npz:
             write_npz(samples, pipeline.spec.image_size, args.output / "samples.npz")
+    processes.gather(None)  # nobody leaves before the sheet is written
     guidance = "no guidance" if how.cfg_scale == 1 else f"guidance {how.cfg_scale:g}"
     rate = f"{made / seconds:.2f} pictures/s on {pipeline.device}" if made else "nothing to do"
     there = f", {len(samples) - made} were there already" if made < len(samples) else ""
