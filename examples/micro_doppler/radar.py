@@ -20,6 +20,7 @@ LIGHT_MPS = 299_792_458.0
 PICTURE_S = 3.0  # two to three cycles
 WINDOW = 256  # pulses: 128 ms at 2 kHz, in which a limb hardly changes its speed; 0.05 m/s apart at 24 GHz
 CELLS = 256  # rows and columns of the full picture
+SIZES = (16, 32, 64, 128, 256)  # of pictures: what divides the cells; smaller ones hold no gait
 RANGE_DB = 45.0
 RADAR_HEIGHT_M = 1.0
 

@@ -17,14 +17,13 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # cli.py and the other modules of the root
 
-from radar import CELLS, PICTURE_S, RADAR_HEIGHT_M, Radar, decibels, echo, reduced, spectrogram, to_rgb
+from radar import CELLS, PICTURE_S, RADAR_HEIGHT_M, SIZES, Radar, decibels, echo, reduced, spectrogram, to_rgb
 from walker import Array, Body, Gait, walk
 
 from cli import UserError, new_parser, run
 
 EQUAL = {"height_m": 1.75, "speed_mps": 1.25, "stride": 1.0}  # with --equal_gait
 HOP_S = 1.0  # between the pictures of a recording: they share two of their three seconds
-ONE_STEP_PX = 8  # the smallest picture: 0.4 s a column
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def draw_user(seed: int, user: int, equal: bool = False) -> Gait:
     draw = np.random.default_rng([seed, user]).uniform
     gait = Gait(
         height_m=draw(1.55, 1.95),
-        speed_mps=draw(0.95, 1.4),
+        speed_mps=draw(0.95, 1.35),
         stride=draw(0.92, 1.08),
         legs=draw(0.92, 1.08),
         knees=draw(0.78, 1.0),
@@ -62,7 +61,8 @@ def draw_user(seed: int, user: int, equal: bool = False) -> Gait:
 def draw_recording(gait: Gait, seed: int, user: int, recording: int) -> tuple[Recording, np.random.Generator]:
     """A walk of somebody, and the generator that its noise comes from."""
     random = np.random.default_rng([seed, user, recording])
-    factors = {name: getattr(gait, name) * random.normal(1, 0.03) for name in ("speed_mps", "legs", "knees", "arms")}
+    varied = ("speed_mps", "legs", "knees", "arms")
+    factors = {name: getattr(gait, name) * random.uniform(0.95, 1.05) for name in varied}
     today = replace(gait, **factors, elbows_deg=gait.elbows_deg + random.normal(0, 3))
     drawn = Recording(
         gait=today,
@@ -115,8 +115,8 @@ def check(args: argparse.Namespace) -> Radar:
     for name in ("seed", "held_out"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be 0 or more")
-    if args.size < ONE_STEP_PX or CELLS % args.size:
-        raise UserError(f"--size {args.size}: must be 8, 16, 32, 64, 128 or 256")
+    if args.size not in SIZES:
+        raise UserError(f"--size {args.size}: must be one of {', '.join(map(str, SIZES))}")
     if not (args.carrier_ghz > 0 and args.prf >= 2 * CELLS / PICTURE_S):
         raise UserError("--carrier_ghz, --prf: a carrier above 0 and a PRF of 171 Hz or more are needed")
     return Radar(args.carrier_ghz * 1e9, args.prf)
