@@ -12,6 +12,7 @@ from pipeline import Pipeline
 from ruler import Ruler
 from transfers import TransferSettings
 
+PREVIEWED = 8  # styles on the preview sheet, at most: its cost grows with their square
 KNOWN, HELD = 256, 32  # pictures over all styles: those the classifier learns from, and those that are transferred
 
 
@@ -59,14 +60,15 @@ class Judge:
 
 
 def save_preview(pipeline: Pipeline, split: LatentSplit, how: TransferSettings, path: Path) -> None:
-    """A sheet of three fixed pictures of each style, each transferred to every style."""
+    """A sheet of three fixed pictures of each style, each transferred to every style; the first eight of them."""
     spec = pipeline.spec
-    chosen = torch.cat([(split.styles == style).nonzero().flatten()[:3] for style in range(len(spec.styles))])
+    styles = spec.styles[:PREVIEWED]
+    chosen = torch.cat([(split.styles == style).nonzero().flatten()[:3] for style in range(len(styles))])
     latents, sources = split.batch(chosen)
     columns = [pipeline.decode(latents.to(pipeline.device), spec.image_size, spec.image_size)]
-    for target in range(len(spec.styles)):
+    for target in range(len(styles)):
         made = pipeline.transfer(latents, sources.to(pipeline.device), target, how)
         columns.append(pipeline.decode(made.latents, spec.image_size, spec.image_size))
     rows = [[images.to_picture(pixels) for pixels in row] for row in zip(*columns, strict=True)]
-    sheet = images.contact_sheet(rows, ["held-out picture", *(f"as {style}" for style in spec.styles)])
+    sheet = images.contact_sheet(rows, ["held-out picture", *(f"as {style}" for style in styles)])
     images.save_picture(sheet, path)
