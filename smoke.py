@@ -1,6 +1,7 @@
 """What test_model.py checks on this machine: each line of it holds, or says FAIL."""
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
 def check_memory(check: Checks, device: torch.device) -> None:
     def estimate(side: int, keep: str) -> float:
         network = {"latent_channels": 4, "num_styles": STYLES, "hidden_dim": 384, "num_layers": 12}
-        return footprint(side, True, True, keep, **network).peak(64) / 2**30
+        return footprint(functools.partial(IsoNext, **network), (4, side, side), True, True, keep).peak(64) / 2**30
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

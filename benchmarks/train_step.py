@@ -207,8 +207,9 @@ def figures(
     matmul: float,  # operations a second
     copy: float,  # bytes a second
 ) -> dict:
-    shape = args.latent_size, args.latent_channels, args.hidden_dim, args.num_layers
-    flops, moved = step_flops(args.batch_size, *shape), step_bytes(args)
+    with torch.device("meta"):
+        network = IsoNext(args.latent_channels, 2, hidden_dim=args.hidden_dim, num_layers=args.num_layers)
+    flops, moved = step_flops(network, args.batch_size, (args.latent_size,) * 2), step_bytes(args)
     plain, default = (medians[name] for name in (PLAIN, DEFAULT))
     floor = 1e3 * (flops / matmul + moved / copy)
     result = {

@@ -172,7 +172,7 @@ def test_known_styles_keep_their_velocity_and_new_ones_are_new(config, started, 
     ("change", "message"),
     [
         ({"model.num_layers": 2}, "weights missing"),
-        ({"model.style_dim": 4}, "has model.style_dim 8, the config 4"),
+        ({"model.style_dim": 4}, "has embeddings of 8 numbers, the config of 4"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(config, started, change, message):
