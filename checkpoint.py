@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 from base import Base
 from cli import UserError
-from config import Config, config_from_dict, config_to_dict
+from config import ONLY_OF, Config, config_from_dict, config_to_dict
+from dit import DiT
 from files import load_data, written_whole
-from latents import LatentSpec
-from model import IsoNext
+from latents import LatentSpec, shown
+from model import IsoNext, VelocityNetwork
 
 FORMAT = 2  # 1 was without base (white noise), store and guard
 BEST = "best.pt"  # of all validations, by the score of judge.py
@@ -84,25 +87,30 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(**tree)
 
 
-def network_options(config: Config, spec: LatentSpec) -> dict[str, int]:
-    """The arguments of a config's network, with what is counted taken from the store; a disagreement is an error."""
-    options = dataclasses.asdict(config.model)
-    options.pop("type")
+def network_of(config: Config, spec: LatentSpec) -> Callable[..., VelocityNetwork]:
+    """What makes a config's network, of `keep`; what is counted comes from the store, a disagreement is an error."""
+    others = [name for kind, names in ONLY_OF.items() if kind != config.model.type for name in names]
+    options = {name: value for name, value in dataclasses.asdict(config.model).items() if name not in others}
     counted = {"latent_channels": spec.channels, "num_styles": len(spec.styles)}
     for name, count in counted.items():
         if options[name] not in (None, count):
             raise UserError(f"model.{name} = {options[name]}, but the latents have {count}; leave the key out")
     if config.data.num_classes not in (None, len(spec.styles)):
         raise UserError(f"data.num_classes = {config.data.num_classes}, but the latents have {len(spec.styles)} styles")
-    return options | counted
+    if options.pop("type") == "isonext":
+        return functools.partial(IsoNext, **options | counted)
+    patch = config.model.patch_size
+    if any(side % patch for side in spec.space):
+        raise UserError(f"model.patch_size = {patch} must divide the latents' {shown(spec.space)} cells")
+    return functools.partial(DiT, size=spec.space, **options | counted)
 
 
-def build_model(config: Config, spec: LatentSpec) -> nn.Module:
-    """The network of a config and a store; whether its blocks are recomputed in training is the trainer's affair."""
-    return IsoNext(**network_options(config, spec))
+def build_model(config: Config, spec: LatentSpec) -> VelocityNetwork:
+    """The network of a config and a store; what its blocks keep in training is the trainer's affair."""
+    return network_of(config, spec)()
 
 
-def load_model(checkpoint: Checkpoint, path: str | Path, device: torch.device) -> nn.Module:
+def load_model(checkpoint: Checkpoint, path: str | Path, device: torch.device) -> VelocityNetwork:
     """The averaged network of a checkpoint, ready for transfers."""
     model = build_model(checkpoint.config, checkpoint.latents)
     load_weights(model, checkpoint.ema, path)

@@ -30,16 +30,27 @@ def key(default: Any, why: str, low: float | None = None, high: float | None = N
 
 @dataclass
 class ModelConfig:
-    type: str = key("isonext", "the network that learns the velocity field", choices=("isonext",))
+    type: str = key(
+        "isonext",
+        "the network: a convolutional one for transfers at any size, or a transformer of one size",
+        choices=("isonext", "dit"),
+    )
     latent_channels: int | None = key(None, "counted from the latent store; must agree with it if given", 1)
     hidden_dim: int = key(384, "width D: 384 fits 8 GB, 512 fits 12 GB", 8)
     num_layers: int = key(12, "depth N, every block at full resolution", 1)
     num_styles: int | None = key(None, "counted from the latent store; must agree with it if given", 1)
-    kernel_size: int = key(7, "depthwise kernel (odd); 7 is ConvNeXt's", 1, 31)
-    style_dim: int = key(256, "width of a style's embedding", 1)
-    time_dim: int = key(256, "width of the embedding of t and of the joint condition (even)", 2)
-    num_groups: int = key(32, "groups of AdaGN; must divide hidden_dim", 1)
-    expansion: int = key(4, "the pointwise layers widen D this many times", 1)
+    time_dim: int = key(256, "width of the embedding of t (even); isonext: and of the joint condition", 2)
+    kernel_size: int = key(7, "isonext: depthwise kernel (odd); 7 is ConvNeXt's", 1, 31)
+    style_dim: int = key(256, "isonext: width of a style's embedding", 1)
+    num_groups: int = key(32, "isonext: groups of AdaGN; must divide hidden_dim", 1)
+    expansion: int = key(4, "isonext: the pointwise layers widen D this many times", 1)
+    patch_size: int = key(2, "dit: side of a token in latent cells; 1 costs 16 times the attention of 2", 1, 64)
+    num_heads: int = key(6, "dit: attention heads; D over heads must be a multiple of 4", 1)
+    mlp_ratio: float = key(4.0, "dit: the MLP widens D this many times", 0.5, 64)
+    norm: str = key("layer", "dit: rms is cheaper and has weights of its own", choices=("layer", "rms"))
+    mlp: str = key("gelu", "dit: swiglu learns faster at the same size", choices=("gelu", "swiglu"))
+    pos: str = key("rope", "dit: places turn queries and keys, or are added once", choices=("rope", "sincos"))
+    qk_norm: bool = key(False, "dit: normed queries and keys keep large models from diverging")
 
 
 @dataclass
@@ -122,6 +133,11 @@ class InferenceConfig:
     noise_samples: int = key(1, "flowedit's noises, of which it takes the mean; each costs a transfer", 1)
 
 
+# Which keys of the model section each type has for itself.
+ONLY_OF = {
+    "isonext": ("kernel_size", "style_dim", "num_groups", "expansion"),
+    "dit": ("patch_size", "num_heads", "mlp_ratio", "norm", "mlp", "pos", "qk_norm"),
+}
 UNIONS = (types.UnionType, typing.Union)  # `int | None` is the one, `int | Literal["auto"]` the other
 SETTINGS = tuple(entry.name for entry in dataclasses.fields(InferenceConfig))  # each of them a flag of inference.py
 # Those that fix a leg: a kept structure brings them along.
@@ -261,16 +277,30 @@ def _describe(hint: Any, spec: types.MappingProxyType) -> str:
 def _check_together(config: Config, where: str) -> None:
     """What no single key can tell."""
     model, low_high = config.model, config.inference.cfg_interval
-    if model.hidden_dim % model.num_groups:
-        raise UserError(
-            f"{where}: model.num_groups = {model.num_groups} must divide model.hidden_dim = {model.hidden_dim}"
-        )
-    if model.kernel_size % 2 == 0:
-        raise UserError(f"{where}: model.kernel_size = {model.kernel_size}: must be odd")
+    for kind, names in ONLY_OF.items():
+        for name in names if kind != model.type else ():
+            if getattr(model, name) != ModelConfig.__dataclass_fields__[name].default:
+                raise UserError(f"{where}: model.{name} is a key of model.type {kind}; this one is {model.type}")
+    if model.type == "isonext":
+        _divides(where, model, "num_groups")
+        if model.kernel_size % 2 == 0:
+            raise UserError(f"{where}: model.kernel_size = {model.kernel_size}: must be odd")
+    else:
+        _divides(where, model, "num_heads", 4)
     if model.time_dim % 2:
         raise UserError(f"{where}: model.time_dim = {model.time_dim}: must be even")
     if low_high[0] > low_high[1]:
         raise UserError(f"{where}: inference.cfg_interval = {list(low_high)}: its start lies behind its end")
+
+
+def _divides(where: str, model: ModelConfig, name: str, unit: int = 1) -> None:
+    """model.hidden_dim must be a multiple of model.<name> * unit."""
+    count, dim = getattr(model, name), model.hidden_dim
+    if dim % (count * unit):
+        raise UserError(
+            f"{where}: model.{name} = {count} must divide model.hidden_dim = {dim}"
+            + (f" into multiples of {unit}" if unit > 1 else "")
+        )
 
 
 def _show(value: Any) -> str:

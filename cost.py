@@ -6,18 +6,19 @@ in it what autograd saves, the largest passing tensors of the backward, and a ch
 is that of eager PyTorch; what a kernel uses inside, a compiler saves and an allocator wastes, it cannot see.
 """
 
-import functools
+import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flow import flow_loss
-from model import IsoNext, count_parameters
+from model import VelocityNetwork, count_parameters
 
 COPIES = 5  # of the parameters, in float32: themselves, gradients, AdamW's two moments, the average
 COUNTED = 4, 64  # micro-batches that are counted; between and beyond them memory is a straight line
@@ -40,28 +41,27 @@ class Footprint:
         return max(0, int((limit - self.state - self.fixed) / self.picture))
 
 
-@functools.lru_cache
 def footprint(
-    side: int,  # of the latents, cells
+    network: Callable[..., VelocityNetwork],  # makes it, of `keep`: what blocks keep for the backward pass
+    sample: tuple[int, ...],  # the shape of one latent: channels, and sides in cells
     bf16: bool,
     channels_last: bool,
-    keep: str,  # what blocks keep for the backward pass, see model.py
-    **network: int,  # the arguments of IsoNext
+    keep: str,
 ) -> Footprint:
-    """Of the training step of that network; computed once for the same arguments."""
+    """Of the training step of that network."""
     with FakeTensorMode():
-        model = IsoNext(**network, keep=keep)
+        model = network(keep=keep)
         for parameter in model.parameters():  # as in all micro-batches but the first
             parameter.grad = torch.empty_like(parameter)
         few, many = COUNTED
-        low, high = (_step_bytes(model, network["latent_channels"], side, n, bf16, channels_last) for n in COUNTED)
+        low, high = (_step_bytes(model, (n, *sample), bf16, channels_last) for n in COUNTED)
     picture, parameters = (high - low) / (many - few), count_parameters(model)
     return Footprint(parameters, 4 * COPIES * parameters, low - few * picture, picture)
 
 
-def _step_bytes(model: IsoNext, channels: int, side: int, pictures: int, bf16: bool, channels_last: bool) -> int:
+def _step_bytes(model: VelocityNetwork, shape: tuple[int, ...], bf16: bool, channels_last: bool) -> int:
     """Peak bytes of forward, loss and backward, without those of the state."""
-    shape, layout = (pictures, channels, side, side), torch.channels_last if channels_last else torch.contiguous_format
+    pictures, layout = shape[0], torch.channels_last if channels_last else torch.contiguous_format
 
     def network(*inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # saves what a GPU's saves
@@ -103,21 +103,25 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def step_flops(
+    network: VelocityNetwork,  # on the meta device, if it is only to be counted
     pictures: int,
-    side: int,  # of the latents, cells
-    latent_channels: int,
-    hidden_dim: int,
-    num_layers: int,
-    kernel_size: int = 7,
-    expansion: int = 4,
+    space: tuple[int, ...],  # of the latents, cells
     recompute: bool = False,  # gradient checkpointing
 ) -> int:
-    """Floating-point operations of the convolutions and pointwise layers of one step, two a multiply-add.
+    """Floating-point operations of one step's convolutions, matrix products and attention, two a multiply-add.
 
-    Forward, and twice that backward, less the gradient of the input, which nobody asks for. (PyTorch's FlopCounterMode
-    counts the backward of a depthwise convolution as if it were dense.)
+    Forward, and twice that backward, less the gradient of the input, which nobody asks for. Every weight is used once
+    a token (a cell, or a patch of them), those of time and style once a picture and not counted; attention multiplies
+    T x T scores of D numbers twice. (PyTorch's FlopCounterMode counts the backward of a depthwise convolution as if it
+    were dense, and a CPU's attention not at all.)
     """
-    stem = head = 9 * latent_channels * hidden_dim
-    blocks = num_layers * (kernel_size**2 * hidden_dim + 2 * expansion * hidden_dim**2)
-    forward = stem + blocks + head
-    return 2 * pictures * side**2 * (3 * forward - stem + recompute * blocks)
+    tokens = math.prod(-(-side // network.patch_size) for side in space)
+    stem, blocks, head = (tokens * _weights(part) for part in (network.stem, network.blocks, network.head))
+    if network.attends:
+        blocks += len(network.blocks) * 2 * tokens**2 * network.hidden_dim
+    return 2 * pictures * (3 * (stem + blocks + head) - stem + recompute * blocks)
+
+
+def _weights(part: nn.Module) -> int:
+    named = part.named_parameters()
+    return sum(weight.numel() for name, weight in named if weight.ndim > 1 and "affine" not in name)

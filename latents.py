@@ -42,6 +42,11 @@ class LatentSpec:
     mean: list[float] = field(default_factory=list)  # per channel, of the training split
     std: list[float] = field(default_factory=list)
 
+    @property
+    def space(self) -> tuple[int, ...]:
+        """The sides of a latent, in cells."""
+        return (self.image_size // self.factor,) * 2
+
     def standardise(self, latents: Tensor) -> Tensor:
         """Raw (B, C, h, w) -> mean 0, deviation 1 per channel."""
         mean, std = self._statistics(latents)
@@ -63,6 +68,11 @@ class LatentSpec:
             return int(style)
         known = ", ".join(f"{number} = {name}" for number, name in enumerate(self.styles))
         raise UserError(f"style {style!r} does not exist; there are: {known}")
+
+
+def shown(sides: Iterable[int]) -> str:
+    """Sides for people: 64 x 48."""
+    return " x ".join(map(str, sides))
 
 
 @dataclass

@@ -8,6 +8,7 @@ Fully convolutional: a model trained on one size runs on any other. The blocks f
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,15 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 
 class TimestepEmbedding(nn.Module):
-    """t (B,) in [0, 1] -> (B, dim): a sinusoid of 1000 t, then a two-layer MLP, all in float32."""
+    """t (B,) in [0, 1] -> (B, width): a sinusoid of 1000 t, `dim` wide, then a two-layer MLP, all in float32."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, width: int | None = None) -> None:
         super().__init__()
+        width = width or dim
         # Periods from 2 pi to 10^4 * 2 pi in units of 1/1000: from the finest step of t to all of it.
         frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2))
         self.register_buffer("frequencies", 1000 * frequencies, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t.float()[:, None] * self.frequencies  # (B, dim / 2)
@@ -49,7 +51,7 @@ class AdaGN(nn.Module):
 
 
 #################################################################################
-#                                  The network                                  #
+#                           A depthwise convolution                             #
 #################################################################################
 
 
@@ -100,14 +102,62 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x)
 
 
+#################################################################################
+#                         What every velocity network has                       #
+#################################################################################
+
 # What a block may keep for its backward pass (`keep`); the rest is computed again there.
 #   all        what autograd keeps
-#   products   the results of its convolution and matrix products: half of that, and norm, GELU and gate cost little
+#   products   the results of its convolutions, matrix products and attention: half of that, and the rest costs little
 #   input      only that: a sixth, for a second forward pass (gradient checkpointing)
 _aten = torch.ops.aten
 PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.linear.default, _aten.convolution.default]
-PRODUCTS += [torch.ops.isonext.depthwise.default]
+PRODUCTS += [torch.ops.isonext.depthwise.default, _aten._scaled_dot_product_flash_attention_for_cpu.default]
+PRODUCTS += [_aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default]
+PRODUCTS += [_aten._scaled_dot_product_cudnn_attention.default]
 KEEP_PRODUCTS = {"context_fn": functools.partial(create_selective_checkpoint_contexts, PRODUCTS)}
+
+
+def keeping(keep: str, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`work(*inputs)`, of which the backward pass finds "all", the "products" or only the "input"."""
+    if keep == "all" or not torch.is_grad_enabled():
+        return work(*inputs)
+    kept = KEEP_PRODUCTS if keep == "products" else {}
+    return checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False, **kept)
+
+
+class VelocityNetwork(nn.Module):
+    """What IsoNext and DiT share: N `blocks`, and a `style` embedding whose last row is that of a dropped label.
+
+    forward: x (B, latent_channels, *space), t (B,) in [0, 1], style (B,) int64 -> v like x, in float32; zero at start.
+    In place of ids, `style` may be embeddings (B, width) made with `embed`, such as those between two styles.
+    """
+
+    size: tuple[int, ...] | None = None  # the only space that it takes, in cells; None: any
+    patch_size = 1  # side of a token, in cells
+    attends = False
+
+    def __init__(self, num_styles: int, keep: str) -> None:
+        super().__init__()
+        self.null_style, self.keep = num_styles, keep
+
+    def embed(self, style: Tensor) -> Tensor:
+        """Style ids (B,) int64 -> their embeddings (B, width)."""
+        return self.style(style)
+
+    def compile(self, **options) -> None:
+        """torch.compile for the blocks alone: what is compiled for one serves all N, so that N does not cost time."""
+        for block in self.blocks:
+            block.compile(**options)
+
+    def uncompile(self) -> None:
+        for block in self.blocks:
+            block._compiled_call_impl = None
+
+
+#################################################################################
+#                                    IsoNext                                    #
+#################################################################################
 
 
 class Block(nn.Module):
@@ -122,10 +172,7 @@ class Block(nn.Module):
         self.gate = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor, scale_shift: Tensor, keep: str = "all") -> Tensor:
-        if keep == "all" or not torch.is_grad_enabled():
-            return self._forward(x, scale_shift)
-        kept = KEEP_PRODUCTS if keep == "products" else {}
-        return checkpoint(self._forward, x, scale_shift, use_reentrant=False, preserve_rng_state=False, **kept)
+        return keeping(keep, self._forward, x, scale_shift)
 
     def _forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
         y = self.norm(self.depthwise(x), scale_shift)
@@ -134,13 +181,8 @@ class Block(nn.Module):
         return x + y.permute(0, 3, 1, 2).to(x.dtype)
 
 
-class IsoNext(nn.Module):
-    """The velocity of the flow for every style at once.
-
-    forward: x (B, latent_channels, h, w), t (B,) in [0, 1], style (B,) int64 -> v like x, in float32.
-    Style `num_styles` is the null style, which stands for a dropped label. The output is zero at start.
-    In place of ids, `style` may be embeddings (B, style_dim) made with `embed`, such as those between two styles.
-    """
+class IsoNext(VelocityNetwork):
+    """The velocity of the flow for every style at once, on latents (B, latent_channels, h, w) of any size."""
 
     def __init__(
         self,
@@ -155,9 +197,7 @@ class IsoNext(nn.Module):
         expansion: int = 4,
         keep: str = "products",  # or "all" or "input"
     ) -> None:
-        super().__init__()
-        self.keep = keep
-        self.null_style = num_styles
+        super().__init__(num_styles, keep)
         self.time = TimestepEmbedding(time_dim)
         self.style = nn.Embedding(num_styles + 1, style_dim)
         self.join = nn.Linear(time_dim + style_dim, time_dim)
@@ -184,10 +224,6 @@ class IsoNext(nn.Module):
         nn.init.zeros_(self.head.weight)  # v = 0 at start: the loss begins at the data's own variance
         nn.init.zeros_(self.head.bias)
 
-    def embed(self, style: Tensor) -> Tensor:
-        """Style ids (B,) int64 -> their embeddings (B, style_dim)."""
-        return self.style(style)
-
     def condition(self, t: Tensor, style: Tensor) -> list[Tensor]:
         """t (B,), style ids or embeddings -> scale and shift (B, 2 D) of each AdaGN, in float32 whatever autocast says.
 
@@ -198,15 +234,6 @@ class IsoNext(nn.Module):
             embedding = style if style.is_floating_point() else self.embed(style)
             cond = F.silu(self.join(torch.cat([self.time(t), embedding], dim=1)))
             return [norm.affine(cond) for norm in (*(block.norm for block in self.blocks), self.norm)]
-
-    def compile(self, **options) -> None:
-        """torch.compile for the blocks alone: what is compiled for one serves all N, so that N does not cost time."""
-        for block in self.blocks:
-            block.compile(**options)
-
-    def uncompile(self) -> None:
-        for block in self.blocks:
-            block._compiled_call_impl = None
 
     def forward(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
         *scale_shifts, last = self.condition(t, style)

@@ -1,5 +1,6 @@
 """How a training step fits the memory: what `auto` comes to, and the table of `train.py --plan`."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,12 +9,12 @@ from pathlib import Path
 import torch
 
 from autoencoder import DctCodec
-from checkpoint import network_options
+from checkpoint import build_model, network_of
 from cli import UserError
 from config import Config, TrainingConfig
 from cost import Footprint, footprint, step_flops
 from device import has_bf16
-from latents import LatentSpec, StoreMeta, read_meta
+from latents import LatentSpec, StoreMeta, read_meta, shown
 
 GIB = 2**30
 USED = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
@@ -76,8 +77,8 @@ def equal_pieces(share: int, most: int) -> int:
 
 def needs_of(config: Config, spec: LatentSpec, bf16: bool) -> Callable[[str], Footprint]:
     """A function: what blocks keep -> the footprint of a training step."""
-    side, options = spec.image_size // spec.factor, network_options(config, spec)
-    return lambda keep: footprint(side, bf16, config.training.channels_last, keep, **options)
+    network, sample = network_of(config, spec), (spec.channels, *spec.space)
+    return functools.cache(lambda keep: footprint(network, sample, bf16, config.training.channels_last, keep))
 
 
 def reduced(training: TrainingConfig, cut: Cut, share: int) -> str:
@@ -136,17 +137,18 @@ def _known_lines(
     config: Config, spec: LatentSpec, meta: StoreMeta | None, needs: Callable[[str], Footprint], bf16: bool
 ) -> list[str]:
     """What no card changes."""
-    side, root = spec.image_size // spec.factor, config.data.data_root
+    root = config.data.data_root
     if meta:
         count = sum(len(names) for names in meta.split.values()) * (1 + meta.flip)
-        stored = f"{4 * count * spec.channels * side**2 / GIB:.3g} GiB of RAM, {count} with mirrored ones"
+        stored = f"{4 * count * spec.channels * math.prod(spec.space) / GIB:.3g} GiB of RAM, {count} with mirrored ones"
         source = f"from {root}" if meta.complete else f"from {root}, which preprocess_latents.py has not finished"
     else:
         stored = "not known yet"
         source = f"from the config: no store at {root} yet, run python preprocess_latents.py"
+    model, precision = config.model, "BF16" if bf16 else "float32"
     return [
-        f"D {config.model.hidden_dim}, N {config.model.num_layers}, {'BF16' if bf16 else 'float32'}; "
-        f"latents {spec.channels} x {side} x {side} of {len(spec.styles)} styles, {source}",
+        f"{model.type}, D {model.hidden_dim}, N {model.num_layers}, {precision}; "
+        f"latents {shown((spec.channels, *spec.space))} of {len(spec.styles)} styles, {source}",
         f"parameters           {needs('input').parameters / 1e6:.2f} M",
         f"latents in memory    {stored}",
     ]
@@ -156,17 +158,16 @@ def _memory_lines(
     config: Config, spec: LatentSpec, needs: Callable[[str], Footprint], vram: float, limit: float
 ) -> list[str]:
     """The table: a step, by what blocks keep."""
-    model, training = config.model, config.training
-    batch, asked = training.batch_size, training.micro_batch_size
+    batch, asked = config.training.batch_size, config.training.micro_batch_size
     at_once = min(batch, asked if isinstance(asked, int) else batch)
-    shape = spec.image_size // spec.factor, spec.channels, model.hidden_dim, model.num_layers
-    layer = model.kernel_size, model.expansion
+    with torch.device("meta"):
+        network = build_model(config, spec)
 
     def row(name: str, cell: Callable[[str], str]) -> str:
         return f"{name:30s}" + "".join(f"{cell(keep):>14s}" for keep in ("all", "products", "input"))
 
     def operations(keep: str) -> str:
-        return f"{step_flops(batch, *shape, *layer, keep == 'input') / 1e12:.3g} TFLOP"
+        return f"{step_flops(network, batch, spec.space, keep == 'input') / 1e12:.3g} TFLOP"
 
     return [
         "",

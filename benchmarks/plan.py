@@ -10,6 +10,7 @@ sum of what PyTorch's profiler saw allocated and freed, and of the state. The la
 
 import argparse
 import copy
+import functools
 import gc
 import json
 import sys
@@ -69,7 +70,7 @@ def allocated_peak(step: Callable[[], None]) -> int:
 def measure(size: list[int], keep: str, device: torch.device, bf16: bool, compiled: bool) -> dict:
     width, depth, side, pictures = size
     network = {"latent_channels": 4, "num_styles": 2, "hidden_dim": width, "num_layers": depth}
-    estimate = footprint(side, bf16, True, keep, **network)
+    estimate = footprint(functools.partial(IsoNext, **network), (4, side, side), bf16, True, keep)
     gc.collect()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     model = IsoNext(**network, keep=keep).to(device, memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli import UserError
-from config import Config, apply_overrides, config_from_dict, config_to_dict, load_config
+from config import ONLY_OF, Config, apply_overrides, config_from_dict, config_to_dict, load_config
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = {entry.name: entry.type for entry in dataclasses.fields(Config)}
@@ -35,7 +35,8 @@ WRONG = {
 
 def with_value(name: str, value) -> Config:
     section, _, entry = name.partition(".")
-    return config_from_dict({section: {entry: value}})
+    kind = {"model": {"type": "dit"}} if entry in ONLY_OF["dit"] else {}
+    return config_from_dict(kind | {section: kind.get(section, {}) | {entry: value}})
 
 
 def wrong_values() -> Iterator[tuple]:
@@ -190,6 +191,13 @@ def test_what_is_no_object_is_refused(tree):
     [
         ({"model": {"hidden_dim": 100, "num_groups": 32}}, "model.num_groups = 32 must divide model.hidden_dim = 100"),
         ({"model": {"kernel_size": 4}}, "model.kernel_size = 4: must be odd"),
+        (
+            {"model": {"type": "dit", "num_heads": 5}},
+            "model.num_heads = 5 must divide model.hidden_dim = 384 into mult",
+        ),
+        ({"model": {"type": "dit", "hidden_dim": 12}}, "model.num_heads = 6 must divide .* = 12 into multiples of 4"),
+        ({"model": {"type": "dit", "num_groups": 8}}, "model.num_groups is a key of model.type isonext; .* dit"),
+        ({"model": {"qk_norm": True}}, "model.qk_norm is a key of model.type dit; this one is isonext"),
         ({"model": {"time_dim": 7}}, "model.time_dim = 7: must be even"),
         ({"inference": {"cfg_interval": [0.8, 0.2]}}, r"inference.cfg_interval = \[0.8, 0.2\]"),
     ],
@@ -321,7 +329,13 @@ def values_of(name: str) -> st.SearchStrategy:
     return st.none() | values if name in OPTIONAL else values
 
 
-TIED = {"model.hidden_dim", "model.num_groups", "model.kernel_size", "model.time_dim"}  # checked with each other
+# Checked with each other.
+TIED = {
+    "model.type",
+    "model.hidden_dim",
+    "model.time_dim",
+    *(f"model.{key}" for keys in ONLY_OF.values() for key in keys),
+}
 FREE = st.fixed_dictionaries({}, optional={name: values_of(name) for name in KEYS if name not in TIED})
 
 

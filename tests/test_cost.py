@@ -1,6 +1,7 @@
 """The estimates of cost.py against what the CPU's allocator did in a real step, by PyTorch's profiler."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -49,7 +50,9 @@ def measured_peak(model: IsoNext, side: int, pictures: int, bf16: bool, channels
 def test_the_estimate_is_what_a_real_step_takes(name, side, pictures, bf16, channels_last, keep):
     network = SIZES[name] | {"num_styles": 2}
     model = IsoNext(**network, keep=keep)
-    estimate = footprint(side, bf16, channels_last, keep, **network)
+    estimate = footprint(
+        partial(IsoNext, **network), (network["latent_channels"], side, side), bf16, channels_last, keep
+    )
     assert estimate.state == sum(5 * 4 * parameter.numel() for parameter in model.parameters())
     expected = measured_peak(model, side, pictures, bf16, channels_last)
     assert estimate.peak(pictures) - estimate.state == pytest.approx(expected, rel=0.15)
@@ -59,10 +62,10 @@ def test_a_network_that_is_not_on_a_cpu_takes_as_much(monkeypatch):
     """The depthwise convolution has a gradient of its own on a CPU; elsewhere PyTorch's saves as many bytes."""
     network = SIZES["deep"] | {"num_styles": 2}
     for keep in ("all", "products", "input"):
-        own = footprint.__wrapped__(16, True, True, keep, **network)
+        own = footprint(partial(IsoNext, **network), (12, 16, 16), True, True, keep)
         with monkeypatch.context() as patch:
             patch.setattr(DepthwiseConv, "forward", torch.nn.Conv2d.forward)
-            plain = footprint.__wrapped__(16, True, True, keep, **network)
+            plain = footprint(partial(IsoNext, **network), (12, 16, 16), True, True, keep)
         assert own.picture == pytest.approx(plain.picture, rel=0.02)
 
 
@@ -70,7 +73,8 @@ def test_counting_neither_takes_memory_nor_draws_random_numbers():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    huge = footprint(512, True, True, "products", latent_channels=4, num_styles=2, hidden_dim=1024, num_layers=4)
+    network = partial(IsoNext, latent_channels=4, num_styles=2, hidden_dim=1024, num_layers=4)
+    huge = footprint(network, (4, 512, 512), True, True, "products")
     assert huge.peak(64) > 2**40  # 1 TiB, which this machine does not have
     assert torch.equal(torch.rand(1), expected)
 
@@ -83,6 +87,8 @@ def test_the_largest_micro_batch_is_the_last_whose_peak_fits():
 
 def test_the_operations_of_a_step_are_those_counted_by_hand():
     # One cell: stem and head 9 * 2 * 8 = 144 multiply-adds each, a block 25 * 8 + 2 * 3 * 64 = 584, two of them.
-    assert step_flops(5, 4, 2, 8, 2, kernel_size=5, expansion=3) == 2 * 5 * 16 * (3 * (288 + 2 * 584) - 144)
-    again = step_flops(5, 4, 2, 8, 2, kernel_size=5, expansion=3, recompute=True)
+    with torch.device("meta"):
+        network = IsoNext(2, 3, hidden_dim=8, num_layers=2, kernel_size=5, num_groups=4, expansion=3)
+    assert step_flops(network, 5, (4, 4)) == 2 * 5 * 16 * (3 * (288 + 2 * 584) - 144)
+    again = step_flops(network, 5, (4, 4), recompute=True)
     assert again == 2 * 5 * 16 * (3 * 288 - 144 + 4 * 2 * 584)

@@ -106,13 +106,12 @@ def test_the_plan_of_a_store_has_its_figures(store, make_config, printed, monkey
     monkeypatch.setattr(plan, "read_latent", lambda path: pytest.fail("read a latent"), raising=False)
     config, lines = make_config(store), printed()
     meta = plan.read_meta(store / "latents")
-    parameters = count_parameters(build_model(config, meta.latents))
-    assert lines[0].startswith("D 16, N 1, BF16; latents 12 x 4 x 4 of 2 styles, from ")
+    network = build_model(config, meta.latents)
+    parameters = count_parameters(network)
+    assert lines[0].startswith("isonext, D 16, N 1, BF16; latents 12 x 4 x 4 of 2 styles, from ")
     assert lines[1].split() == ["parameters", f"{parameters / 1e6:.2f}", "M"]
     assert "40 with mirrored ones" in lines[2] and f"{4 * 40 * 12 * 16 / 2**30:.3g} GiB" in lines[2]
-    flops = [
-        step_flops(4, 4, 12, 16, 1, kernel_size=3, recompute=recompute) / 1e12 for recompute in (False, False, True)
-    ]
+    flops = [step_flops(network, 4, (4, 4), recompute) / 1e12 for recompute in (False, False, True)]
     table = dict(re.match(r"(\S.*?)  +(.*)", line).groups() for line in lines[4:9])
     assert re.findall(r"(\S+) TFLOP", table["operations a step of 4"]) == [f"{value:.3g}" for value in flops]
     assert table["most at once in 8 GiB"].split() == ["4", "4", "4"]
