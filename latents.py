@@ -58,7 +58,8 @@ class LatentSpec:
         return latents * std + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(torch.tensor(values, device=like.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        ones = [1] * (like.ndim - 2)
+        return tuple(torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std))
 
     def style_id(self, style: str) -> int:
         """The id of a style given by name, or by id as text."""
