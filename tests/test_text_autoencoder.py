@@ -9,9 +9,9 @@ import torch
 from cli import UserError
 from config import TrainingConfig
 from text_autoencoder import AutoencoderConfig, TextAutoencoder, load_tokenizer, train_tokenizer
-from text_data import load_corpora, read_data_config
+from text_data import load_corpora, read_data_config, within_limit
 from text_loop import Schedule, Stopped, fit
-from text_stages import latent_spec, within_limit
+from text_stages import latent_spec
 
 TEXTS = ["the red cat sits", "the blue dog runs fast", "a é <pad> 日本 x", "cats, dogs & co."]
 TINY = AutoencoderConfig(latents=3, latent_dim=8, width=16, layers=1, heads=2, max_tokens=24, vocabulary=300)
@@ -106,8 +106,8 @@ def write_lines(folder, lines, **source):
 def test_long_sentences_are_an_error_or_skipped(autoencoder, tmp_path, capsys):
     lines = ["the cat", "the dog " * 30, "a dog"]
     with pytest.raises(UserError, match=r"source lines: a sentence of \d+ tokens.*\"longer\": \"skip\""):
-        within_limit(write_lines(tmp_path, lines), autoencoder)
-    kept = within_limit(write_lines(tmp_path, lines, longer="skip"), autoencoder)
+        within_limit(write_lines(tmp_path, lines), autoencoder.tokenizer, 24)
+    kept = within_limit(write_lines(tmp_path, lines, longer="skip"), autoencoder.tokenizer, 24)
     assert kept.texts == ["the cat", "a dog"] and kept.counts == [2] and len(kept.styles) == 2
     assert "1 of 3 sentences" in capsys.readouterr().out
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 import grammar
 from cli import UserError
-from latents import held_out, seeded
+from latents import LatentSpec, held_out, seeded
 from text_records import DATASETS, read_datasets_folder, read_json_lines, read_lines, texts_of
 
 TYPES = ("grammar", "text", "jsonl", "datasets")
@@ -210,3 +211,35 @@ def _entries(rows, source: Source) -> Entries | None:
         if source.sentences is not None and len(entries) >= source.sentences:
             return entries[: int(source.sentences)]
     return entries
+
+
+#################################################################################
+#                             What a model can take                             #
+#################################################################################
+
+
+def within_limit(corpus: Corpus, tokenizer: Tokenizer, limit: int) -> Corpus:
+    """Without the sentences over the limit where their source says skip; elsewhere they are an error that shows one."""
+    source = torch.repeat_interleave(torch.arange(len(corpus.counts)), torch.tensor(corpus.counts)).tolist()
+    lengths = [len(row.ids) + 1 for row in tokenizer.encode_batch(corpus.texts)]  # and the end mark
+    long = [number for number, length in enumerate(lengths) if length > limit]
+    for number in long:
+        if corpus.longer[source[number]] == "error":
+            raise UserError(
+                f"source {corpus.names[source[number]]}: a sentence of {lengths[number]} tokens, the limit is {limit}: "
+                f'{corpus.texts[number][:50]!r}...; give the source "longer": "skip", or raise --max_tokens'
+            )
+    if not long:
+        return corpus
+    print(f"{len(long)} of {len(corpus)} sentences are longer than {limit} tokens: skipped")
+    skipped = set(long)
+    return corpus.only([number for number in range(len(corpus)) if number not in skipped])
+
+
+def check_classes(spec: LatentSpec, corpus: Corpus) -> None:
+    """The classes' ids mean the same in the data and in the model."""
+    if corpus.classes != spec.styles:
+        raise UserError(
+            f"the text model's classes are {', '.join(spec.styles)}; the data config has {', '.join(corpus.classes)}: "
+            "use the data config that the model was trained with, or another --model_path"
+        )

@@ -24,7 +24,6 @@ from text_data import Corpus
 from text_heads import HeadConfig, Heads, usage
 from text_loop import Schedule, fit
 from text_model import TextModel, load_part, save_part
-from text_stages import check_classes, within_limit
 
 CLEAN = 0.1  # weight of the squared error to the clean latents
 WHAT = "text head"
@@ -66,8 +65,7 @@ def train_head(
     model: TextModel, config: HeadConfig, how: HeadRun, corpora: tuple[Corpus, Corpus], folder: Path, quiet=None
 ) -> dict[str, float]:
     """Train; writes folder/best.pt (of all validations, by the loss) and folder/last.pt; returns the last figures."""
-    train, val = (within_limit(corpus, model.autoencoder) for corpus in corpora)
-    check_classes(model.spec, train, folder)
+    train, val = (model.accept(corpus) for corpus in corpora)
     steps = how.max_steps or how.num_epochs * max(1, len(train) // how.batch_size)
     # No average (decay 0): a mean of codebooks, whose codes have changed places, is none.
     training = TrainingConfig(

@@ -4,7 +4,7 @@
     models/text/flow.pt          the velocity network's shape and averaged weights, and which autoencoder it belongs to
 
 Latents are (B, 64, L) here: channels first, as everywhere in the core. `TextModel` is what the heads and the commands
-work with; the real OmniFlow has the same calls behind it, see omniflow.py.
+work with; the real OmniFlow has the same calls behind it, see omniflow_adapter.py.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from dit import DiT
 from files import load_data, written_whole
 from latents import LatentSpec
 from text_autoencoder import AutoencoderConfig, TextAutoencoder, load_tokenizer
+from text_data import Corpus, check_classes, within_limit
 
 FORMAT = 1
 AUTOENCODER, FLOW = "autoencoder.pt", "flow.pt"
@@ -45,6 +46,10 @@ class TextModel:
     field: nn.Module  # velocity (B, 64, L) = field(x, t, style); has null_style
     digest: str  # of the weights: a head knows by it whether it was trained on these latents
 
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.device
+
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> Tensor:
         """(B, 64, L), mean 0 and deviation 1 per channel."""
@@ -57,6 +62,11 @@ class TextModel:
     def decode(self, latents: Tensor) -> list[str]:
         """(B, 64, L) -> sentences, from the latents alone."""
         return self.autoencoder.decode(self.spec.restore(latents).mT)
+
+    def accept(self, corpus: Corpus) -> Corpus:
+        """What it can take of a corpus, whose classes must be its own."""
+        check_classes(self.spec, corpus)
+        return within_limit(corpus, self.autoencoder.tokenizer, self.autoencoder.config.max_tokens)
 
     def to(self, device: torch.device) -> "TextModel":
         self.autoencoder.to(device)
@@ -133,11 +143,16 @@ def save_flow(folder: Path, config: FlowConfig, field: nn.Module, autoencoder: T
     save_part(folder / FLOW, "text flow", config=config, autoencoder=belongs, weights=field.state_dict())
 
 
+def is_omniflow(folder: Path) -> bool:
+    """Whether a folder holds OmniFlow's weights, in the diffusers layout, rather than ours."""
+    return (folder / "transformer").is_dir() and not (folder / AUTOENCODER).exists()
+
+
 def load_text_model(folder: str | Path) -> TextModel:
     """Autoencoder and flow of a folder, frozen; a folder of OmniFlow's is opened by its adapter."""
     folder = Path(folder)
-    if (folder / "model_index.json").exists():
-        from omniflow import open_omniflow
+    if is_omniflow(folder):
+        from omniflow_adapter import open_omniflow
 
         return open_omniflow(folder)
     autoencoder, spec = load_autoencoder(folder)

@@ -8,7 +8,7 @@ from cli import UserError
 from text_data import Corpus, load_corpora, read_data_config
 from text_head_stage import HeadRun, train_head
 from text_heads import HeadConfig
-from text_model import AUTOENCODER, FLOW, load_text_model
+from text_model import AUTOENCODER, FLOW, is_omniflow, load_text_model
 from text_stages import Shape, quick_shape, train_autoencoder, train_flow
 
 
@@ -39,8 +39,7 @@ def train(args: argparse.Namespace) -> None:
     if wants_head:
         head.check(shape.autoencoder.latent_dim)  # before an hour's training, not after it
     corpora = load_corpora(read_data_config(args.data_config))
-    is_omniflow = (folder / "model_index.json").exists()
-    if args.stage in ("autoencoder", "flow", "all") and not is_omniflow:
+    if args.stage in ("autoencoder", "flow", "all") and not is_omniflow(folder):
         make_model(folder, shape, corpora, args.stage)
     if wants_head and args.stage in ("head", "all"):
         train_head(load_text_model(folder), head, from_flags(HeadRun, args), corpora, Path(args.output_dir))

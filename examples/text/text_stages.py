@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import UserError
 from config import TrainingConfig
 from flow import drop_labels, flow_loss, sample_time
 from latents import LatentSpec
 from text_autoencoder import AutoencoderConfig, TextAutoencoder, train_tokenizer
-from text_data import Corpus
+from text_data import Corpus, check_classes, within_limit
 from text_loop import Schedule, fit
 from text_model import FlowConfig, load_autoencoder, make_field, save_autoencoder, save_flow
 
@@ -50,7 +49,7 @@ def train_autoencoder(folder: Path, shape: Shape, train: Corpus, val: Corpus, qu
     tokenizer = train_tokenizer(train.texts, config.vocabulary)
     torch.manual_seed(training.seed)
     model = TextAutoencoder(config, tokenizer)
-    train, val = (within_limit(corpus, model) for corpus in (train, val))
+    train, val = (within_limit(corpus, tokenizer, config.max_tokens) for corpus in (train, val))
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
         texts, _, generator = train.draw(training.batch_size, training.seed, step)
@@ -85,30 +84,11 @@ def latent_spec(autoencoder: TextAutoencoder, train: Corpus) -> LatentSpec:
     return LatentSpec("text", config.latent_dim, 1, config.latents, train.classes, mean.tolist(), std.tolist())
 
 
-def within_limit(corpus: Corpus, autoencoder: TextAutoencoder) -> Corpus:
-    """Without the sentences over the limit where their source says skip; elsewhere they are an error that shows one."""
-    limit = autoencoder.config.max_tokens
-    source = torch.repeat_interleave(torch.arange(len(corpus.counts)), torch.tensor(corpus.counts)).tolist()
-    lengths = [len(row.ids) + 1 for row in autoencoder.tokenizer.encode_batch(corpus.texts)] if len(corpus) else []
-    long = [number for number, length in enumerate(lengths) if length > limit]
-    for number in long:
-        if corpus.longer[source[number]] == "error":
-            raise UserError(
-                f"source {corpus.names[source[number]]}: a sentence of {lengths[number]} tokens, the limit is {limit}: "
-                f'{corpus.texts[number][:50]!r}...; give the source "longer": "skip", or raise --max_tokens'
-            )
-    if not long:
-        return corpus
-    print(f"{len(long)} of {len(corpus)} sentences are longer than {limit} tokens: skipped")
-    skipped = set(long)
-    return corpus.only([number for number in range(len(corpus)) if number not in skipped])
-
-
 def train_flow(folder: Path, shape: Shape, train: Corpus, val: Corpus, quiet: bool | None = None) -> None:
     """The velocity network over the frozen autoencoder's latents, by the core's loss, to models/text/flow.pt."""
     autoencoder, spec = load_autoencoder(folder)
-    check_classes(spec, train, folder)
-    train, val = (within_limit(corpus, autoencoder) for corpus in (train, val))
+    check_classes(spec, train)
+    train, val = (within_limit(corpus, autoencoder.tokenizer, autoencoder.config.max_tokens) for corpus in (train, val))
     training = replace(shape.training, label_drop_prob=0.15 if len(spec.styles) > 1 else 0.0)
     torch.manual_seed(training.seed)
     model = make_field(shape.flow, spec)
@@ -134,12 +114,3 @@ def train_flow(folder: Path, shape: Shape, train: Corpus, val: Corpus, quiet: bo
     schedule = Schedule(shape.flow_steps, eval_every=max(1, shape.flow_steps // 5))
     averaged = fit(model, loss_of, training, schedule, folder / "flow_state.pt", evaluate, quiet)
     save_flow(folder, shape.flow, averaged, autoencoder)
-
-
-def check_classes(spec: LatentSpec, corpus: Corpus, folder: Path) -> None:
-    """The classes' ids mean the same in the data and in the model."""
-    if corpus.classes != spec.styles:
-        raise UserError(
-            f"{folder}: its classes are {', '.join(spec.styles)}; the data config has {', '.join(corpus.classes)}: use "
-            "the data config that the model was trained with, or another --model_path"
-        )
