@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_config", default="examples/text/data_config.json", help="the sources of sentences")
     parser.add_argument("--output", default="outputs/text_experiment", help="models, predictions, results.json")
     parser.add_argument("--seeds", type=int, default=3, help="seeds a head")
-    parser.add_argument("--t_start", type=float, default=0.5, help="where a sentence goes on from: 0 is all noise")
+    parser.add_argument("--t_start", type=float, default=0.3, help="where a sentence goes on from: 0 is all noise")
     return parser
 
 

@@ -90,9 +90,12 @@ def trained(
     place = folder / "heads" / f"{config.name.replace(' ', '_')}_{seed}"
     if not (place / "last.pt").exists() or (place / "state.pt").exists():
         train_head(model, config, dataclasses.replace(plan.head, seed=seed), corpora, place, quiet)
-    tree = load_part(place / "last.pt", WHAT, ("config", "model", "weights", "figures"))
-    figures = {"codes used": tree["figures"].get("codes_used"), "perplexity": tree["figures"].get("perplexity")}
-    figures |= {name: tree["figures"][name] for name in ("parameters", "seconds", "val_loss")}
+    best, last = (
+        load_part(place / f"{name}.pt", WHAT, ("config", "model", "weights", "figures"))["figures"]
+        for name in ("best", "last")
+    )
+    figures = {"codes used": best.get("codes_used"), "perplexity": best.get("perplexity")}
+    figures |= {"val_loss": best["val_loss"], "parameters": best["parameters"], "seconds": last["seconds"]}
     return load_head(place / "best.pt", model), figures
 
 

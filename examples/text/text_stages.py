@@ -34,7 +34,7 @@ def quick_shape() -> Shape:
     return Shape(
         AutoencoderConfig(latents=8, width=128, layers=2, max_tokens=24, vocabulary=1000),
         FlowConfig(hidden_dim=128, num_layers=4, num_heads=4),
-        autoencoder_steps=700,
+        autoencoder_steps=600,
         flow_steps=1500,
         training=TrainingConfig(batch_size=64, learning_rate=1e-3, ema_decay=0.99, warmup_steps=100),
     )
