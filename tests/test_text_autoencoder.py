@@ -175,6 +175,8 @@ def test_loop_goes_on_exactly_after_a_kill(tmp_path):
     assert (tmp_path / "b/line.pt").exists()
     resumed = train_line(tmp_path / "b")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    averaged = whole["ema.0.weight"]
+    assert not torch.equal(averaged, whole["0.weight"]) and not torch.equal(averaged, line()[0].weight)
     assert not (tmp_path / "b/line.pt").exists()
     lines = [json.loads(text) for text in (tmp_path / "b/line/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in lines] == list(range(1, 9)) and lines[-1]["step_seen"] == 7
