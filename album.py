@@ -106,7 +106,9 @@ def load_batches(
     def read(item: tuple[int, Job]) -> tuple[int, Job, Image.Image | UserError]:
         try:
             picture = images.open_picture(item[1].source)
-            return *item, images.resize_short_side(picture, resize) if resize else picture
+            picture = images.resize_short_side(picture, resize) if resize else picture
+            pipeline.check_size(item[1].source, picture.size)
+            return *item, picture
         except UserError as error:
             return *item, error
 
@@ -133,6 +135,7 @@ def load_stored_latent(job: Job, pipeline: Pipeline) -> Loaded:
     if len(latent) != pipeline.spec.channels:
         raise UserError(f"{job.source}: has {len(latent)} channels, the checkpoint's latents {pipeline.spec.channels}")
     size = tuple(side * pipeline.spec.factor for side in latent.shape[1:])
+    pipeline.check_size(job.source, size[::-1])
     return Loaded([job], pipeline.spec.standardise(latent[None].to(pipeline.device)), size)
 
 

@@ -1,5 +1,7 @@
 """Picture tensor <-> latent: the VAEs of diffusers, and the built-in block-DCT that needs no weights.
 
+The VAEs are folders of diffusers or single files (`ldm_autoencoder.py`).
+
 Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), and
 
     encode: pixels (B, 3, H, W) in [-1, 1], sides divisible by factor -> latents (B, channels, H / factor, W / factor)
@@ -20,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ldm_autoencoder
 from cli import UserError
 from device import autocast
 
-WAYS_OUT = "give a local diffusers folder as autoencoder.name, or the built-in codec: dct"
+WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
 
 
 def load_autoencoder(name: str, device: torch.device) -> nn.Module:
-    """A hub id or local folder of an AutoencoderKL or AutoencoderTiny, `dct`, or `dct:f4c12`."""
+    """A hub id or local folder of an AutoencoderKL or AutoencoderTiny, a checkpoint file, `dct`, or `dct:f4c12`."""
     if name == "dct" or name.startswith("dct:"):
         return DctCodec(name).to(device)
     return DiffusersAutoencoder(name, device)
@@ -60,6 +63,8 @@ class DiffusersAutoencoder(nn.Module):
 
 
 def _load_vae(name: str) -> nn.Module:
+    if ldm_autoencoder.is_checkpoint(name):
+        return ldm_autoencoder.load_checkpoint(name)
     import diffusers  # seconds to import, so only where it is used
     from huggingface_hub.utils import logging
 

@@ -95,11 +95,17 @@ class DataConfig:
     image_size: int = key(512, "side of the training squares in pixels", 8, 8192)
     flip: bool = key(True, "also encode mirrored pictures; off where left and right differ in meaning")
     val_fraction: float = key(0.05, "held-out part, chosen by a hash of the file's name", 0, 0.9)
+    split_by: str = key(
+        "picture", "what is held out whole: a picture, a recording (folder-prefix), or a FILE.csv's groups"
+    )
+    format: str = key("pt", "a .pt a picture, or safetensors shards of many", choices=("pt", "safetensors"))
 
 
 @dataclass
 class AutoencoderConfig:
-    name: str = key("stabilityai/sd-vae-ft-mse", "a hub id, a local diffusers folder, dct, or dct:f4c12")
+    name: str = key(
+        "stabilityai/sd-vae-ft-mse", "a hub id, a local diffusers folder, a checkpoint file, dct, or dct:f4c12"
+    )
 
 
 @dataclass

@@ -43,10 +43,11 @@ def remove_unfinished(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def load_data(path: str | Path, what: str) -> Any:
+def load_data(path: str | Path, what: str, foreign: bool = False) -> Any:
     """`torch.load` that runs no code from the file and checks its checksums; `what` names the file's kind in errors.
 
     torch writes a CRC-32 of every part, but does not look at it when reading: a flipped bit would become a weight.
+    A `foreign` file, one of another program, may be in the format that torch had before 1.6, which has no checksums.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,20 +55,33 @@ def load_data(path: str | Path, what: str) -> Any:
     if not path.exists():
         raise UserError(f"{path}: no such {what}")
     try:
-        if not zipfile.is_zipfile(path):  # torch's format; false for a file that was cut off, too
-            raise UserError(f"{path}: damaged, or not a {what}")
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise UserError(f"{path}: damaged: the checksum of its part {broken} does not match")
+        if not (foreign and _is_of_old_format(path)):
+            _check_sums(path, what)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a {what}: it holds more than plain data, and was not run") from None
+        advice = "; if you trust it, save its state_dict alone and give that file" if foreign else ""
+        raise UserError(f"{path}: not a {what}: it holds more than plain data, and was not run{advice}") from None
     except (UserError, MemoryError):
         raise
     except Exception as error:  # in a damaged file zipfile, pickle and torch may stumble over anything
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise UserError(f"{path}: damaged, or not a {what} ({reason})") from None
+
+
+def _check_sums(path: Path, what: str) -> None:
+    if not zipfile.is_zipfile(path):  # torch's format; false for a file that was cut off, too
+        raise UserError(f"{path}: damaged, or not a {what}")
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken:
+        raise UserError(f"{path}: damaged: the checksum of its part {broken} does not match")
+
+
+def _is_of_old_format(path: Path) -> bool:
+    """Whether the file begins as torch.save's did before 1.6: with a number, pickled."""
+    start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
 
 
 def natural_order(name: str) -> tuple:

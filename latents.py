@@ -1,16 +1,19 @@
-"""The latent store on disk: one `.pt` a picture, one `meta.json`; and batches from it.
+"""The latent store on disk: one `.pt` a picture, or shards of many, and one `meta.json`; and batches from it.
 
     data_root/meta.json                 what the latents are, which pictures are held out, their statistics
     data_root/<style>/<name.jpg>.pt     {"latent": (C, h, w), "flipped": (C, h, w), "source": [bytes, mtime_ns]}
+    data_root/latents-00000.safetensors, ...    instead of those, see shards.py
 
-Files hold the autoencoder's raw latents; the network sees them standardised per channel with the mean and deviation
-of the training split, which travel with the checkpoint as part of its `LatentSpec`.
+In meta.json a picture's entry is called `<style>/<name.jpg>.pt` either way. Files hold the autoencoder's raw latents;
+the network sees them standardised per channel with the mean and deviation of the training split, which travel with
+the checkpoint as part of its `LatentSpec`.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ from cli import UserError
 from config import TrainingConfig
 from files import load_data, remove_unfinished, written_whole
 from flow import drop_labels, pair_noise, sample_time
+from shards import OURS, Rows, read_alike, shard_paths
 
 FORMAT = 1
 
@@ -48,7 +52,7 @@ class LatentSpec:
         return (self.image_size // self.factor,) * 2
 
     def standardise(self, latents: Tensor) -> Tensor:
-        """Raw (B, C, h, w) -> mean 0, deviation 1 per channel."""
+        """Raw (B, C, *space) -> mean 0, deviation 1 per channel."""
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
@@ -86,6 +90,7 @@ class StoreMeta:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # pictures by style and split
     complete: bool = False
     format: int = FORMAT
+    layout: str = "pt"  # of the files: pt, safetensors, or foreign, for those of another program (foreign.py)
 
     def write(self, root: Path) -> None:
         with written_whole(root / "meta.json") as beside:
@@ -107,14 +112,16 @@ def read_meta(root: Path) -> StoreMeta | None:
 
 
 def open_store(root: Path) -> StoreMeta:
-    """The meta of a finished store, or an error that says which command makes one."""
+    """The meta of a finished store of ours, or an error that says which command makes one."""
     meta = read_meta(root)
+    if meta is None and shard_paths(root):
+        raise UserError(f"{root}: holds latents of another program, which name no pictures; give pictures with --data")
     if meta is None:
         raise UserError(f"{root}: no latent store here; run: python preprocess_latents.py")
     if not meta.complete:
         raise UserError(f"{root}: preprocessing was not finished; run python preprocess_latents.py again")
     for style in meta.latents.styles:
-        if not (root / style).is_dir():
+        if meta.layout == "pt" and not (root / style).is_dir():
             raise UserError(f"{root / style}: this style's folder has vanished; run preprocess_latents.py again")
         if not meta.counts[style]["train"]:
             raise UserError(f"{root / style}: the style has no training picture; add pictures and preprocess again")
@@ -155,7 +162,31 @@ def held_out(names: Iterable[str], fraction: float) -> set[str]:
     leave the split empty; that of the highest hash is always trained on, so that no style is held out whole.
     """
     rank = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
-    return {name for name, value in rank.items() if value < min(fraction, max(rank.values()))}
+    limit = min(fraction, max(rank.values(), default=0))
+    return {name for name, value in rank.items() if value < limit}
+
+
+def split_off(groups: dict[str, str], fraction: float) -> set[str]:
+    """The held-out entries, where `groups` is entry (`<style>/...`) -> group: whole groups, by the groups' hashes.
+
+    A group that any one style needs for training is trained on in all of them.
+    """
+    by_style = defaultdict(set)
+    for entry, group in groups.items():
+        by_style[entry.partition("/")[0]].add(group)
+    trained = {group for mine in by_style.values() for group in mine - held_out(mine, fraction)}
+    return {entry for entry, group in groups.items() if group not in trained}
+
+
+def channel_statistics(parts: Iterable[Tensor]) -> tuple[list[float], list[float]]:
+    """Per-channel mean and deviation of raw latents, given in parts (n, C, *space); summed in float64."""
+    total, squares, count = 0.0, 0.0, 0
+    for part in parts:
+        values = part.double().transpose(0, 1).flatten(1)
+        total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    return mean.tolist(), torch.where(std > 1e-6, std, 1.0).tolist()  # a constant channel stays as it is
 
 
 #################################################################################
@@ -168,7 +199,7 @@ class LatentSplit:
     """All latents of one split, in memory or memory-mapped."""
 
     spec: LatentSpec
-    latents: np.ndarray  # (copies, n, C, h, w) float32, raw; copies is 2 where mirrored ones were stored
+    latents: np.ndarray | Rows  # (copies, n, C, *space) float32, raw; copies is 2 where mirrored ones were stored
     styles: Tensor  # (n,) int64
     names: list[str]
 
@@ -181,27 +212,54 @@ class LatentSplit:
         return hashlib.sha256(repr((len(self.latents), self.names)).encode()).hexdigest()
 
     def batch(self, index: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Standardised latents (B, C, h, w) and styles (B,) of the pictures `index` (B,); mirrored (B,) bool."""
+        """Standardised latents (B, C, *space) and styles (B,) of the pictures `index` (B,); mirrored (B,) bool."""
         copy = torch.zeros_like(index) if mirrored is None or len(self.latents) == 1 else mirrored.long()
         raw = torch.from_numpy(np.ascontiguousarray(self.latents[copy.numpy(), index.numpy()]))
         return self.spec.standardise(raw), self.styles[index]
 
 
 def load_split(root: Path, meta: StoreMeta, split: str, memory_limit: int | None = None) -> LatentSplit:
-    """The split's latents: in memory where they fit `memory_limit` bytes (half of what is free), else memory-mapped
-    from one packed file, which is written once beside the store. Of several processes all must call this."""
+    """The split's latents: in memory where they fit `memory_limit` bytes (half of what is free), else memory-mapped,
+    shards as they are, `.pt` files from one packed file, which is written once beside the store. Of several processes
+    all must call this."""
     names, spec = meta.split[split], meta.latents
-    side = spec.image_size // spec.factor
-    shape = (1 + meta.flip, len(names), spec.channels, side, side)
-    styles = torch.tensor([spec.styles.index(name.partition("/")[0]) for name in names], dtype=torch.int64)
+    ids = {style: number for number, style in enumerate(spec.styles)}
+    styles = torch.tensor([ids[name.partition("/")[0]] for name in names], dtype=torch.int64)
     if memory_limit is None:  # shared by the processes of a machine, and the least of all, so that all do the same
         memory_limit = min(processes.gather(psutil.virtual_memory().available // (2 * processes.local_world())))
-    if 4 * int(np.prod(shape)) <= memory_limit:
-        latents = np.empty(shape, np.float32)
-        _fill(latents, root, names)
+    if meta.layout == "pt":
+        shape = (1 + meta.flip, len(names), spec.channels, *spec.space)
+        whole = 4 * int(np.prod(shape)) <= memory_limit
+        latents = _filled(root, names, shape) if whole else _packed(root, split, names, shape)
     else:
-        latents = _packed(root, split, names, shape)
+        latents = sharded(root, meta, names)
+        latents = latents.loaded() if 4 * int(np.prod(latents.shape)) <= memory_limit else latents
     return LatentSplit(spec, latents, styles, names)
+
+
+def sharded(root: Path, meta: StoreMeta, names: list[str]) -> Rows:
+    """The named entries' rows in the store's shards, memory-mapped."""
+    ours, spec = meta.layout != "foreign", meta.latents
+    shards = read_alike(shard_paths(root, OURS) if ours else shard_paths(root), copies=1 + meta.flip)
+    try:
+        if ours:
+            entries = [entry for shard in shards for entry in shard.pictures]
+            places = {entry: number for number, entry in enumerate(entries)}
+            numbers = [places[name] for name in names]
+        else:  # an entry there is `<style>/<number of the row>`
+            numbers = [int(name.rpartition("/")[2]) for name in names]
+        rows = Rows(shards, np.array(numbers, np.int64), 1 + meta.flip)
+    except (KeyError, IndexError) as error:  # IndexError: there is not one shard
+        raise UserError(f"{root}: the shards lack {error}; run preprocess_latents.py again") from None
+    if (len(shards[0].copies), *rows.shape[2:]) != (1 + meta.flip, spec.channels, *spec.space):
+        raise UserError(f"{root}: the shards do not match meta.json; run preprocess_latents.py again")
+    return rows
+
+
+def _filled(root: Path, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
+    latents = np.empty(shape, np.float32)
+    _fill(latents, root, names)
+    return latents
 
 
 def _fill(latents: np.ndarray, root: Path, names: list[str]) -> None:

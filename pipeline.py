@@ -101,6 +101,15 @@ class Pipeline:
         pixels = self._in_tiles(self.codec.decode, self.spec.restore(latents), factor, Fraction(factor))
         return pixels[..., :height, :width]
 
+    def check_size(self, path: Path, size: tuple[int, int]) -> None:
+        """UserError where the network cannot take a picture of this width and height; IsoNext takes any."""
+        cells, side = tuple(-(-length // self.codec.factor) for length in size[::-1]), self.spec.image_size
+        if self.model.size not in (None, cells):
+            raise UserError(
+                f"{path}: is {size[0]} x {size[1]} pixels, but this checkpoint's network (dit) takes {side} x {side} "
+                f"alone; crop it to a square and give --size {side}"
+            )
+
     def _in_tiles(self, work: Callable[[Tensor], Tensor], x: Tensor, pixels_a_cell: int, ratio: Fraction) -> Tensor:
         """`work` on x as a whole, or in tiles of `self.tile` pixels that overlap by three eighths.
 
@@ -130,6 +139,12 @@ class Pipeline:
     def generate(self, inverted: Inverted, source: Style, target: Style, how: TransferSettings) -> Transfer:
         with self._fit_for(how):
             return transfers.generate(self, inverted, *self._styles(_count(inverted.state), source, target), how)
+
+    def sample(self, noise: Tensor, layout: Tensor, style: Tensor, how: TransferSettings) -> Tensor:
+        """White noise (see `Base.sample` for both) -> standardised latents of styles (B,)."""
+        with self._fit_for(how):
+            x0 = self.base.sample(noise, layout).to(self.device)
+            return transfers.sample(self, x0, style.to(self.device), how)
 
     def undo(self, end: State, source: Style, target: Style, how: TransferSettings) -> tuple[State, State]:
         """The structure and the picture that a transfer started from, by running it backwards."""
@@ -164,15 +179,26 @@ def _count(state: State) -> int:
     return len(state.position if isinstance(state, LatticeState) else state)
 
 
+def load_codec(spec: LatentSpec, device: torch.device, where: str) -> nn.Module:
+    """The autoencoder of a model's latents; a UserError where it is not one of such latents."""
+    codec = load_autoencoder(spec.autoencoder, device)
+    if codec.channels != spec.channels:
+        raise UserError(
+            f"{where}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
+        )
+    if codec.factor != spec.factor:  # only latents of another program, see foreign.py
+        raise UserError(
+            f"{where}: trained on latents of {spec.factor} pixels a cell, autoencoder {codec.name} has {codec.factor}: "
+            "data.image_size was not the size of the pictures that the latents were computed from"
+        )
+    return codec
+
+
 def load_pipeline(path: str | Path, device: torch.device) -> tuple[Pipeline, Config]:
     """The averaged network of a checkpoint with its own autoencoder and statistics, and the config it was made by."""
     checkpoint = load_checkpoint(path)
     spec = checkpoint.latents
-    codec = load_autoencoder(spec.autoencoder, device)
-    if codec.channels != spec.channels:
-        raise UserError(
-            f"{path}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
-        )
+    codec = load_codec(spec, device, str(path))
     model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)
     bf16 = checkpoint.config.training.use_amp and has_bf16(device)
     return Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base), checkpoint.config

@@ -14,6 +14,7 @@ from cli import UserError
 from config import Config, TrainingConfig
 from cost import Footprint, footprint, step_flops
 from device import has_bf16
+from foreign import survey
 from latents import LatentSpec, StoreMeta, read_meta, shown
 
 GIB = 2**30
@@ -104,7 +105,8 @@ def print_plan(config: Config, vram: float | None) -> None:
     if vram is None:
         vram = torch.cuda.mem_get_info()[1] / GIB if card else 8.0
     bf16 = config.training.use_amp and (not card or has_bf16(torch.device("cuda")))
-    meta = read_meta(Path(config.data.data_root))
+    root = Path(config.data.data_root)
+    meta = read_meta(root) or survey(root, config)
     spec = meta.latents if meta else assumed_latents(config)
     needs = needs_of(config, spec, bf16)
     limit = USED * (vram * GIB - CONTEXT)
@@ -125,7 +127,8 @@ def print_plan(config: Config, vram: float | None) -> None:
 def assumed_latents(config: Config) -> LatentSpec:
     """What the latents will be where there is no store yet, as far as it can be told without the autoencoder."""
     name, model = config.autoencoder.name, config.model
-    channels, factor = model.latent_channels or 4, 8  # those of Stable Diffusion's VAE
+    channels, factor = (32, 16) if Path(name).suffix else (4, 8)  # a VA-VAE's file; Stable Diffusion's VAE
+    channels = model.latent_channels or channels
     if name.partition(":")[0] == "dct":
         codec = DctCodec(name)
         channels, factor = codec.channels, codec.factor

@@ -17,6 +17,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="config.json", help="the JSON config")
     parser.add_argument("--target_size", type=int, help="side of the squares in pixels (data.image_size)")
     parser.add_argument("--num_workers", type=int, help="decoding processes (training.num_workers)")
+    parser.add_argument("--format", choices=("pt", "safetensors"), help="of the store's files (data.format)")
+    parser.add_argument(
+        "--split_by",
+        metavar="RULE",
+        help="held out whole: picture, folder-prefix, or a FILE.csv's groups (data.split_by)",
+    )
     add_device_flags(parser)
     return parser
 
@@ -25,9 +31,13 @@ def main(args: argparse.Namespace) -> int:
     from device import pick_device  # torch takes seconds to import, and --help should not
     from preprocessing import preprocess, print_report
 
-    overrides = list(args.overrides)
-    overrides += [f"data.image_size={args.target_size}"] if args.target_size is not None else []
-    overrides += [f"training.num_workers={args.num_workers}"] if args.num_workers is not None else []
+    flags = {
+        "data.image_size": args.target_size,
+        "training.num_workers": args.num_workers,
+        "data.format": args.format,
+        "data.split_by": args.split_by,
+    }
+    overrides = [*args.overrides, *(f"{name}={value}" for name, value in flags.items() if value is not None)]
     config = load_config(args.config, overrides)
     report = preprocess(config, pick_device(args.device))
     print_report(report, Path(config.data.data_root))

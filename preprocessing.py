@@ -1,9 +1,11 @@
 """Folders of pictures to a latent store: what is there already, what is new, statistics and split."""
 
+import contextlib
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,19 @@ from autoencoder import load_autoencoder
 from cli import UserError, rank
 from config import Config
 from files import natural_order, remove_unfinished
-from latents import LatentSpec, StoreMeta, fingerprint, held_out, read_latent, read_meta, write_latent
+from groups import group_pictures
+from latents import (
+    LatentSpec,
+    StoreMeta,
+    channel_statistics,
+    fingerprint,
+    read_latent,
+    read_meta,
+    sharded,
+    split_off,
+    write_latent,
+)
+from shards import OURS, Row, ShardPlan, plan_shards, read_shard, shard_paths, tidy, write_shard
 
 BATCH = 16  # pictures at once
 
@@ -42,24 +56,27 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
     """
     raw_root, root = Path(config.data.raw_data_root), Path(config.data.data_root)
     pictures = find_styles(raw_root, config.data.num_classes)
-    codec = load_autoencoder(config.autoencoder.name, device)
     entries = {
         f"{style}/{name.as_posix()}.pt": raw_root / style / name for style in pictures for name in pictures[style]
     }
-    report = todo = None
+    groups = group_pictures(entries, raw_root, config.data.split_by)
+    codec = load_autoencoder(config.autoencoder.name, device)
+    report = todo = plan = None
     if processes.is_main():
         meta = _prepare_meta(root, config, codec, list(pictures))
         meta.write(root)  # not complete from here on
-        report = Report(removed=_remove_stale(root, meta, entries), meta=meta)
-        todo = [(entry, path) for entry, path in entries.items() if not _is_current(root / entry, path, meta.flip)]
-    todo = processes.from_main(todo)
+        report = Report(meta=meta)
+        report.removed, current = _take_stock(root, meta, entries)
+        todo = [(entry, path) for entry, path in entries.items() if entry not in current]
+        plan = _plan(root, meta, len(todo))
+    todo, plan = processes.from_main((todo, plan))
     started = time.perf_counter()
-    shares = processes.gather(encode(todo, root, codec, config, device, quiet))
+    shares = processes.gather(encode(todo, root, codec, config, device, quiet, plan))
     if report:
         report.seconds = time.perf_counter() - started
         _complete(report, root, todo, {entry: reason for share in shares for entry, reason in share.items()}, entries)
         _check_styles(raw_root, report.meta.latents.styles, entries, report.skipped)
-        _finish(root, report.meta, list(entries), config.data.val_fraction)
+        _finish(root, report.meta, {entry: groups[entry] for entry in entries}, config.data.val_fraction)
     return processes.from_main(report)
 
 
@@ -91,18 +108,24 @@ def _prepare_meta(root: Path, config: Config, codec: nn.Module, styles: list[str
         raise UserError(f"--target_size {size}: must be a multiple of {codec.factor} for the autoencoder {codec.name}")
     spec = LatentSpec(codec.name, codec.channels, codec.factor, size, styles)
     old = read_meta(root)
-    if old:
+    if old is None:
+        for path in shard_paths(root):
+            if not read_shard(path).pictures:
+                raise UserError(f"{path}: is another program's; use another data.data_root for the store")
+    else:
         for key, was, now in (
             ("autoencoder", old.latents.autoencoder, codec.name),
             ("size", old.latents.image_size, size),
             ("channels", old.latents.channels, codec.channels),
+            ("format", old.layout, config.data.format),
         ):
             if was != now:
                 raise UserError(
                     f"{root}: the store has {key} {was}, not {now}; use another data.data_root or delete it"
                 )
         # A style that has no latents yet (all its pictures were bad) may go as it came.
-        kept = [style for style in old.latents.styles if style in styles or any((root / style).rglob("*.pt"))]
+        stored = _stored_styles(root, old)
+        kept = [style for style in old.latents.styles if style in styles or style in stored]
         gone = [style for style in kept if style not in styles]
         if gone:
             raise UserError(
@@ -110,7 +133,49 @@ def _prepare_meta(root: Path, config: Config, codec: nn.Module, styles: list[str
             )
         # Ids of known styles stay; new styles come behind them.
         spec.styles = kept + [style for style in styles if style not in kept]
-    return StoreMeta(spec, config.data.flip)
+    return StoreMeta(spec, config.data.flip, layout=config.data.format)
+
+
+def _stored_styles(root: Path, meta: StoreMeta) -> set[str]:
+    """The styles that have latents in the store."""
+    if meta.layout == "pt":
+        return {style for style in meta.latents.styles if any((root / style).rglob("*.pt"))}
+    return {entry.partition("/")[0] for entry in _stored_in_shards(root)}
+
+
+def _stored_in_shards(root: Path) -> set[str]:
+    """The entries of all shards but the damaged ones."""
+    entries = set()
+    for path in shard_paths(root, OURS):
+        with contextlib.suppress(UserError):
+            entries |= read_shard(path).pictures.keys()
+    return entries
+
+
+def _take_stock(root: Path, meta: StoreMeta, entries: dict[str, Path]) -> tuple[int, set[str]]:
+    """Clear away what is stale: how many entries' pictures have gone, and which entries are there and stay."""
+    if meta.layout == "pt":
+        removed = _remove_stale(root, meta, entries)
+        return removed, {entry for entry, path in entries.items() if _is_current(root / entry, path, meta.flip)}
+    remove_unfinished(root)
+    removed = len(_stored_in_shards(root) - entries.keys())
+
+    def wanted(entry: str, source: list[int]) -> bool:
+        try:
+            return entry in entries and fingerprint(entries[entry]) == source
+        except OSError:  # it has gone just now; the reason is told when it is read
+            return False
+
+    return removed, tidy(root, wanted, 1 + meta.flip, meta.latents.styles)
+
+
+def _plan(root: Path, meta: StoreMeta, count: int) -> ShardPlan | None:
+    """Which shards `count` new pictures go to; None where each has a file of its own."""
+    if meta.layout == "pt":
+        return None
+    spec = meta.latents
+    row_bytes = 4 * (1 + meta.flip) * spec.channels * math.prod(spec.space)
+    return plan_shards(root, count, row_bytes, BATCH, spec.styles)
 
 
 def _remove_stale(root: Path, meta: StoreMeta, entries: dict[str, Path]) -> int:
@@ -166,13 +231,16 @@ def encode(
     config: Config,
     device: torch.device,
     quiet: bool | None,
+    plan: ShardPlan | None = None,  # None: a file for each picture
 ) -> dict[str, str | None]:
     """Encode and write this process's share of `todo`: entry -> None, or why its picture was skipped.
 
-    Batches are cut before they are shared out: the bits of a latent may depend on the size of its batch.
+    Batches are cut before they are shared out: the bits of a latent may depend on the size of its batch. A shard is
+    the work of one process.
     """
-    batches = [range(len(todo))[start : start + BATCH] for start in range(0, len(todo), BATCH)]
-    own = batches[rank() :: processes.world()]
+    length = plan.length if plan else BATCH
+    pieces = [range(len(todo))[start : start + length] for start in range(0, len(todo), length)]
+    own = [p[start : start + BATCH] for p in pieces[rank() :: processes.world()] for start in range(0, len(p), BATCH)]
     workers = min(config.training.num_workers, len(own) * BATCH, -(-(os.cpu_count() or 1) // processes.local_world()))
     loader = DataLoader(
         SquarePictures([path for _, path in todo], config.data.image_size),
@@ -181,19 +249,45 @@ def encode(
         collate_fn=list,
         multiprocessing_context="spawn" if workers and device.type != "cpu" else None,
     )
-    results, total, quiet = {}, sum(map(len, own)), quiet if processes.is_main() else True
-    with tqdm(total=total, desc="encoding", unit="picture", disable=quiet) as bar, in_background(4 * BATCH) as submit:
+    results, rows = {}, []
+    total, quiet = sum(map(len, own)), quiet if processes.is_main() else True
+    at_once = 0 if plan else 4 * BATCH  # a shard is written before the next is begun: a kill costs no more than one
+    with tqdm(total=total, desc="encoding", unit="picture", disable=quiet) as bar, in_background(at_once) as submit:
         for items in loader:
-            good = [item for item in items if item[1] is not None]
-            if good:
-                pixels = images.to_pixels(torch.stack([picture for _, picture, _ in good]).to(device))
-                plain = codec.encode(pixels).cpu()
-                flipped = codec.encode(pixels.flip(-1)).cpu() if config.data.flip else [None] * len(good)
-                for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True):
-                    submit(write_latent, root / todo[item][0], latent, mirror, source)
+            rows += _encoded(items, todo, codec, config.data.flip, device)
             results |= {todo[item][0]: source if picture is None else None for item, picture, source in items}
+            last = items[-1][0]
+            if last == pieces[last // length][-1]:
+                for function, *arguments in _writes(root, rows, plan, last // length):
+                    submit(function, *arguments)
+                rows = []
             bar.update(len(items))
     return results
+
+
+def _encoded(
+    items: list, todo: list[tuple[str, Path]], codec: nn.Module, flip: bool, device: torch.device
+) -> list[Row]:
+    """A batch of `SquarePictures` less the bad ones."""
+    good = [item for item in items if item[1] is not None]
+    if not good:
+        return []
+    pixels = images.to_pixels(torch.stack([picture for _, picture, _ in good]).to(device))
+    plain = codec.encode(pixels).cpu()
+    flipped = codec.encode(pixels.flip(-1)).cpu() if flip else [None] * len(good)
+    return [
+        Row(todo[item][0], source, latent, mirror)
+        for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True)
+    ]
+
+
+def _writes(root: Path, rows: list[Row], plan: ShardPlan | None, piece: int) -> Iterator[tuple]:
+    """The calls, function first, that write `rows`: a file each, or all to the shard of their piece of the work."""
+    if plan is None:
+        for row in rows:
+            yield write_latent, root / row.entry, row.latent, row.flipped, row.source
+    elif rows:
+        yield write_shard, root / plan.names[piece], rows, plan.styles
 
 
 def _complete(
@@ -219,30 +313,26 @@ def _check_styles(raw_root: Path, styles: list[str], entries: Iterable[str], ski
             raise UserError(f"{raw_root / style}: no picture of this style can be read; the first: {reason}")
 
 
-def _finish(root: Path, meta: StoreMeta, entries: list[str], val_fraction: float) -> None:
-    """Split, statistics and counts: the store is complete."""
-    val = set()
-    for style in meta.latents.styles:
-        val |= held_out((entry for entry in entries if entry.startswith(f"{style}/")), val_fraction)
-    meta.split = {"train": sorted(set(entries) - val), "val": sorted(val)}
+def _finish(root: Path, meta: StoreMeta, groups: dict[str, str], val_fraction: float) -> None:
+    """Split, statistics and counts: the store is complete. `groups`: every entry and its group."""
+    val = split_off(groups, val_fraction)
+    meta.split = {"train": sorted(groups.keys() - val), "val": sorted(val)}
     tally = {name: Counter(entry.partition("/")[0] for entry in names) for name, names in meta.split.items()}
     meta.counts = {style: {name: tally[name][style] for name in tally} for style in meta.latents.styles}
-    meta.latents.mean, meta.latents.std = _statistics(root, meta)
+    meta.latents.mean, meta.latents.std = channel_statistics(_training_latents(root, meta))
     meta.complete = True
     meta.write(root)
 
 
-def _statistics(root: Path, meta: StoreMeta) -> tuple[list[float], list[float]]:
-    """Per-channel mean and deviation of the training split, mirrored copies included, summed in float64."""
-    total, squares, count = 0.0, 0.0, 0
+def _training_latents(root: Path, meta: StoreMeta) -> Iterator[Tensor]:
+    """Those of the training split, mirrored copies included, in parts (n, C, h, w)."""
+    if meta.layout != "pt":
+        yield from (torch.from_numpy(part) for _, _, part in sharded(root, meta, meta.split["train"]).parts())
+        return
     for name in meta.split["train"]:
         entry = read_latent(root / name)
         for part in ("latent", "flipped") if meta.flip else ("latent",):
-            values = entry[part].double().flatten(1)
-            total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
-    mean = total / count
-    std = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return mean.tolist(), torch.where(std > 1e-6, std, 1.0).tolist()  # a constant channel stays as it is
+            yield entry[part][None]
 
 
 def print_report(report: Report, root: Path, echo: Callable[[str], None] = print) -> None:

@@ -3,6 +3,7 @@
 A command started by `python` is alone: then nothing here does anything, and torch.distributed is not even set up.
 """
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ def gather(part: Any) -> list[Any]:
     with peers_needed():
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=PATIENCE)
+            atexit.register(dist.destroy_process_group)  # its threads must end before the interpreter does
         dist.all_gather_object(parts, part)
     return parts
 

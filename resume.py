@@ -73,12 +73,18 @@ def take_over(
     rows = torch.tensor([spec.styles.index(style) for style in kept] + [len(spec.styles)])  # the null style is last
     from_rows = torch.tensor([old.styles.index(style) for style in kept] + [len(old.styles)])
     for network, weights in zip(networks, (checkpoint.model, checkpoint.ema), strict=True):
-        embeddings = network.state_dict()["style.weight"].detach().clone()
-        theirs = weights["style.weight"]
-        if theirs.shape[1] != embeddings.shape[1]:
-            raise UserError(f"{path}: has model.style_dim {theirs.shape[1]}, the config {embeddings.shape[1]}")
-        embeddings[rows] = theirs[from_rows].to(embeddings)
-        load_weights(network, weights | {"style.weight": embeddings}, path)
+        own, theirs = (
+            network.state_dict().get("style.weight"),
+            weights.get("style.weight"),
+        )  # a DiT of one style has none
+        weights = {name: weight for name, weight in weights.items() if name != "style.weight"}
+        if own is not None:
+            weights["style.weight"] = own.detach().clone()
+        if own is not None and theirs is not None:
+            if theirs.shape[1] != own.shape[1]:
+                raise UserError(f"{path}: has embeddings of {theirs.shape[1]} numbers, the config of {own.shape[1]}")
+            weights["style.weight"][rows] = theirs[from_rows].to(own)
+        load_weights(network, weights, path)
     new = [style for style in spec.styles if style not in kept]
     return (
         f"weights from {path} at step {checkpoint.step}; styles kept: {', '.join(kept) or 'none'}; "

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import processes
-from autoencoder import load_autoencoder
 from checkpoint import (
     BEST,
     EMA,
@@ -32,13 +31,14 @@ from config import Config
 from device import allow_tf32, autocast, free_bytes, has_bf16, prepare_process
 from files import remove_unfinished
 from flow import flow_loss
+from foreign import find_store
 from guard import Guard
 from judge import Judge, save_preview
-from latents import Batch, base_of, draw_batch, load_split, open_store, seeded
+from latents import Batch, base_of, draw_batch, load_split, seeded
 from logbook import Logbook
 from model import count_parameters
 from optimizer import learning_rate, make_optimizer
-from pipeline import Pipeline, transfer_settings
+from pipeline import Pipeline, load_codec, transfer_settings
 from plan import USED, Cut, choose_cut, needs_of, reduced
 from resume import check_resume, in_units_of, take_over
 
@@ -63,7 +63,7 @@ class Trainer:
         allow_tf32(training.tf32)
         prepare_process()
         root = Path(config.data.data_root)
-        meta = open_store(root)
+        meta = find_store(root, config)
         self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
         other = load_checkpoint(init) if init else None
         self.spec = self.train.spec = self.val.spec = in_units_of(meta.latents, other, init)
@@ -364,7 +364,7 @@ class Trainer:
             ) from None
 
     def _pipeline(self) -> Pipeline:
-        codec = load_autoencoder(self.spec.autoencoder, self.device)
+        codec = load_codec(self.spec, self.device, self.config.data.data_root)
         return Pipeline(self.ema.model, codec, self.spec, self.device, self.bf16, base=self.base)
 
 

@@ -96,7 +96,7 @@ def transfer(model: Model, x1: Tensor, source: Tensor, target: Tensor, how: Tran
 def invert(model: Model, x1: Tensor, source: Tensor, how: TransferSettings) -> Inverted:
     """The inversion leg: latents (B, C, h, w) of style `source` (B,) to their structure."""
     field = Field(model, source)
-    state, residual = _run_leg(field, _picture(x1, how), how.grid[::-1], how)
+    state, residual = _run_leg(field, _start(x1, how), how.grid[::-1], how)
     return Inverted(state, field.nfe, residual)
 
 
@@ -107,6 +107,15 @@ def generate(model: Model, inverted: Inverted, source: Tensor, target: Tensor, h
     end, _ = _run_leg(field, inverted.state, how.grid, how)
     latents = _finished(latents_of(end), how)
     return Transfer(latents, inverted.nfe + field.nfe, inverted.state, end, inverted.residual)
+
+
+@torch.inference_mode()
+def sample(model: Model, x0: Tensor, style: Tensor, how: TransferSettings) -> Tensor:
+    """A leg from the base: x0 (B, C, ...) -> latents of `style` (B,), guided against the null style."""
+    null = torch.full((len(style),), model.null_style, device=style.device)
+    field = Field(model, style, how.cfg_scale, null, how.cfg_interval, how.cfg_rescale)
+    end, _ = _run_leg(field, _start(x0, how), how.grid, how)
+    return _finished(latents_of(end), how)
 
 
 @torch.inference_mode()
@@ -137,14 +146,14 @@ def keep_structure(
     the picture itself is returned.
     """
     field, grid, trail = Field(model, source), how.grid, []
-    _run_leg(field, _picture(x1, how), grid[::-1], how, trail)
+    _run_leg(field, _start(x1, how), grid[::-1], how, trail)
     trail = [*reversed(trail), None]  # at each time of the grid
     made, scores = {}, {}
 
     def inverted(skip: int) -> Inverted:
         solved = how.inversion == "fixed_point"
         if trail[skip] is None:
-            return Inverted(_picture(x1, how), 0, torch.zeros(len(x1), device=x1.device) if solved else None)
+            return Inverted(_start(x1, how), 0, torch.zeros(len(x1), device=x1.device) if solved else None)
         if how.method == "alf":
             x, w = trail[skip]
             return Inverted(LatticeState(x, w - to_lattice(field(from_lattice(x), grid[skip]))), 0)
@@ -178,8 +187,8 @@ def _run_leg(
     return integrate(field, state, grid, how.method, None, trail), None  # a clamp would not be solved for
 
 
-def _picture(x1: Tensor, how: TransferSettings) -> State:
-    return LatticeState.at_picture(x1) if how.method == "alf" else x1
+def _start(x: Tensor, how: TransferSettings) -> State:
+    return LatticeState.at_picture(x) if how.method == "alf" else x
 
 
 def _finished(latents: Tensor, how: TransferSettings) -> Tensor:

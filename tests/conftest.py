@@ -1,11 +1,14 @@
 """Shared by the tests: drawn pictures, a tiny config, a tiny latent store, and a folder with a trained checkpoint."""
 
+import functools
 import importlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
@@ -164,17 +167,19 @@ def studio(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def within(studio, monkeypatch, capsys):
-    """Run a command inside the studio without a new process: returns (status, stdout, stderr)."""
-    monkeypatch.chdir(studio)
-
-    def run(name: str, *arguments: str) -> tuple[int, str, str]:
-        module = importlib.import_module(name)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+def call_within(folder: Path, name: str, *arguments: str) -> tuple[int, str, str]:
+    """The same without a new process, which takes seconds to import torch: (status, stdout, stderr)."""
+    module, out, err = importlib.import_module(name), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.run(module.main, module.build_parser())
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
+    return ended.value.code, out.getvalue(), err.getvalue()
 
-    return run
+
+@pytest.fixture
+def within(studio, monkeypatch):
+    """Run a command inside the studio without a new process: returns (status, stdout, stderr)."""
+    monkeypatch.chdir(studio)
+    return functools.partial(call_within, studio)

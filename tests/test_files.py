@@ -197,3 +197,11 @@ def test_what_is_no_torch_file_is_named_so(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.pt: damaged, or not a checkpoint$"):
         load_data(path, "checkpoint")
+
+
+def test_the_format_before_torch_1_6_is_read_only_of_other_programs(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"a": torch.arange(4.0)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_data(path, "VAE checkpoint", foreign=True)["a"], torch.arange(4.0))
+    with pytest.raises(UserError, match=r"old\.pt: damaged, or not a checkpoint$"):
+        load_data(path, "checkpoint")

@@ -41,6 +41,15 @@ def test_standardise_takes_the_mean_away_and_divides_by_the_deviation_of_each_ch
     assert make_spec().restore(standard).flatten().tolist() == raw.flatten().tolist()
 
 
+@pytest.mark.parametrize("space", [(3,), (3, 2), (3, 2, 2)])
+def test_latents_of_any_dimensions_are_standardised_by_channel(space):
+    raw = torch.tensor([[1.0, -2.0], [2.0, 6.0]]).view(2, 2, *[1] * len(space)).expand(2, 2, *space)
+    standard = make_spec().standardise(raw)
+    assert standard.shape == raw.shape
+    assert standard.flatten(2)[:, :, -1].tolist() == [[0.0, 0.0], [2.0, 2.0]]
+    assert torch.equal(make_spec().restore(standard), raw)
+
+
 @settings(deadline=None)
 @given(
     mean=st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=3),

@@ -334,6 +334,8 @@ class Card:
         real, self.seen, self.attempts = IsoNext.forward, [], 0
 
         def forward(model, x, t, style):
+            if isinstance(x, FakeTensor):  # the memory plan's count, which takes none
+                return real(model, x, t, style)
             training = torch.is_grad_enabled()
             limit = room_recomputing if model.keep == "input" and room_recomputing else room
             self.seen += [len(x)] * training

@@ -1,0 +1,77 @@
+"""Generate pictures from noise, by class: integrate the flow from its base to data under each style asked for.
+
+python sample.py --checkpoint checkpoints/stage1_epoch200.pt --styles 1 2 3 --num_samples_per_style 4 \\
+    --cfg_scale 4.0 --num_steps 250 --output out/
+
+Writes <style>_001.png, ... and grid.png (rows styles, columns samples); with --num_samples N it writes
+sample_00001.png, ..., the styles in turn. The noise of a sample is a function of --seed and its number, so one process
+and many (torchrun) write the same files. A second run makes only what is missing.
+"""
+
+import argparse
+from pathlib import Path
+
+from cli import UserError, add_device_flags, new_parser, run
+from config import InferenceConfig
+
+METHODS = tuple(
+    name for name in InferenceConfig.__dataclass_fields__["method"].metadata["choices"] if name != "flowedit"
+)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    for name in ("num_samples", "num_samples_per_style", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be 1 or more")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be 0 or more")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a file; give a folder")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("Generate pictures from noise. Defaults come from the checkpoint's config.")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py")
+    add("--output", required=True, type=Path, help="a folder")
+    add("--styles", nargs="+", metavar="STYLE", help="names or ids of the styles to make; by default all")
+    count = parser.add_mutually_exclusive_group()
+    count.add_argument("--num_samples_per_style", type=int, default=4, help="of each style, named after it")
+    count.add_argument("--num_samples", type=int, help="in all, numbered through, the styles in turn")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--config", help="take the inference section from this config, not from the checkpoint")
+    add("--method", choices=METHODS, help="the solver")
+    add("--num_steps", type=int, help="solver steps")
+    add("--time_grid", choices=("uniform", "cosine"), help="cosine is finer towards both ends")
+    add("--shift", type=float, dest="time_shift", help="s: a time t becomes s t / (1 + (s - 1) t)")
+    add("--cfg_scale", type=float, help="classifier-free guidance, against the null style; 1 is none")
+    add("--cfg_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="t where guidance acts")
+    add("--cfg_rescale", type=float, help="0 to 1: how far guidance's gain in contrast is taken back")
+    add("--latent_clamp", type=float, help="bound of the final latent, in standard deviations")
+    add("--batch_size", type=int, default=16, help="pictures at once")
+    add("--tile", type=int, default=1024, help="pixels: a VAE decodes larger pictures in tiles; 0: never")
+    add("--npz", action="store_true", help="also samples.npz: arr_0 (N, H, W, 3) uint8 and arr_1 (N,) style ids")
+    add("--overwrite", action="store_true", help="make what is there already anew")
+    add(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: as trained, BF16 where the device has it",
+    )
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: for as many as pay for it")
+    add_device_flags(parser)
+    # What inference.py asks for besides; here guidance is against the null style, and nothing is inverted.
+    parser.set_defaults(guidance="null", strength=None, inversion="explicit", tolerance=None, noise_samples=None)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    check_flags(args)
+    import sampling  # torch takes seconds to import: not before the flags are known to be good
+
+    return sampling.sample(args)
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
