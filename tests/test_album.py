@@ -249,7 +249,8 @@ def drawn(folder: Path, sizes: list[tuple[int, int] | None]) -> list[Job]:
 
 def fake_pipeline(compiled: bool = False) -> SimpleNamespace:
     """Its latents are the 8-bit values of the pixels."""
-    return SimpleNamespace(compiled=compiled, encode=lambda pixels: (pixels + 1) * 127.5)
+    any_size = {"check_size": lambda path, size: None}
+    return SimpleNamespace(compiled=compiled, encode=lambda pixels: (pixels + 1) * 127.5, **any_size)
 
 
 def greys(batch) -> list[int]:
@@ -308,7 +309,7 @@ def test_a_stored_latent_is_standardised_and_knows_its_pictures_size(tmp_path):
     latent = torch.arange(12.0).view(2, 2, 3)
     write_latent(tmp_path / "a.png.pt", latent, None, [0, 0])
     pipeline, job = (
-        SimpleNamespace(spec=spec, device=torch.device("cpu")),
+        SimpleNamespace(spec=spec, device=torch.device("cpu"), check_size=lambda path, size: None),
         Job(tmp_path / "a.png.pt", tmp_path / "o.png"),
     )
     loaded = load_stored_latent(job, pipeline)
