@@ -151,8 +151,8 @@ def test_it_makes_what_the_flow_makes(within, studio):
 )
 def test_bad_flags_are_one_line(within, studio, flags, words):
     (studio / "flowedit.json").write_text('{"inference": {"method": "flowedit"}}')
-    refused(within("sample", "--checkpoint", CHECKPOINT, "--output", "out", *flags), *words)
-    assert not (studio / "out").exists()
+    refused(within("sample", "--checkpoint", CHECKPOINT, "--output", "refused", *flags), *words)
+    assert not (studio / "refused").exists()
 
 
 #################################################################################
