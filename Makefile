@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

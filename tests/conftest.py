@@ -1,6 +1,7 @@
 """Shared by the tests: drawn pictures, a tiny config, a tiny latent store, and a folder with a trained checkpoint."""
 
 import functools
+import getpass
 import importlib
 import io
 import json
@@ -8,10 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
+if worker := os.environ.get(
+    "PYTEST_XDIST_WORKER"
+):  # torch may load a compiled kernel that another process still writes
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/isonext_tests_{getpass.getuser()}_{worker}"
 
 import numpy as np
 import pytest
