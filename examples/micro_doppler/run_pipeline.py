@@ -14,12 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # cli.py and the other modules of the root
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # cli.py and the other modules of the root
 
 from cli import UserError, new_parser, run
 from config import Config, load_config
 
+ROOT = Path(__file__).resolve().parents[2]
 PICTURES = 4  # of a recording
 
 
