@@ -108,18 +108,30 @@ def step_flops(
     space: tuple[int, ...],  # of the latents, cells
     recompute: bool = False,  # gradient checkpointing
 ) -> int:
-    """Floating-point operations of one step's convolutions, matrix products and attention, two a multiply-add.
-
-    Forward, and twice that backward, less the gradient of the input, which nobody asks for. Every weight is used once
-    a token (a cell, or a patch of them), those of time and style once a picture and not counted; attention multiplies
-    T x T scores of D numbers twice. (PyTorch's FlopCounterMode counts the backward of a depthwise convolution as if it
+    """Floating-point operations of one training step: forward, and twice that backward, less the gradient of the
+    input, which nobody asks for. (PyTorch's FlopCounterMode counts the backward of a depthwise convolution as if it
     were dense, and a CPU's attention not at all.)
+    """
+    stem, blocks, head = _multiply_adds(network, space)
+    return 2 * pictures * (3 * (stem + blocks + head) - stem + recompute * blocks)
+
+
+def forward_flops(network: VelocityNetwork, pictures: int, space: tuple[int, ...]) -> int:
+    """Floating-point operations of one evaluation."""
+    return 2 * pictures * sum(_multiply_adds(network, space))
+
+
+def _multiply_adds(network: VelocityNetwork, space: tuple[int, ...]) -> tuple[int, int, int]:
+    """Of one picture's convolutions, matrix products and attention, forward: in the stem, the blocks and the head.
+
+    Every weight is used once a token (a cell, or a patch of them), those of time and style once a picture and not
+    counted; attention multiplies T x T scores of D numbers twice.
     """
     tokens = math.prod(-(-side // network.patch_size) for side in space)
     stem, blocks, head = (tokens * _weights(part) for part in (network.stem, network.blocks, network.head))
     if network.attends:
         blocks += len(network.blocks) * 2 * tokens**2 * network.hidden_dim
-    return 2 * pictures * (3 * (stem + blocks + head) - stem + recompute * blocks)
+    return stem, blocks, head
 
 
 def _weights(part: nn.Module) -> int:

@@ -2,12 +2,13 @@
 
 python benchmarks/train_step.py                          # D 128, N 6, batch 16, 32 x 32 latents
 python benchmarks/train_step.py --hidden_dim 384 --num_layers 12 --batch_size 64 --latent_size 64
+python benchmarks/train_step.py --config configs/dit_s.json          # a DiT
 
 One run, one machine, variants in turn: float32 NCHW eager ("plain"), each switch of the default on top of the one
 before, and the project's default. A step is forward, backward, clipping, AdamW and the average of the weights. The
 share is the step's floating-point operations over its time, against the best BF16 matrix-multiply rate found in the
-same run; the floor is those operations at that rate, and the bytes that cannot be avoided at the rate of a copy. The
-last line is JSON.
+same run; an IsoNext's floor is those operations at that rate, and the bytes that cannot be avoided at the rate of a
+copy. The last line is JSON.
 """
 
 import argparse
@@ -27,13 +28,14 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import EMA
-from cli import add_device_flags, new_parser, run
-from config import TrainingConfig
+from checkpoint import EMA, network_of
+from cli import UserError, add_device_flags, new_parser, run
+from config import Config, ModelConfig, TrainingConfig, load_config
 from cost import step_flops
 from device import allow_tf32, autocast, device_name, has_bf16, pick_device
 from flow import flow_loss
-from model import IsoNext, count_parameters
+from latents import LatentSpec
+from model import VelocityNetwork, count_parameters
 from optimizer import make_optimizer
 
 
@@ -54,10 +56,12 @@ VARIANTS = (
     Variant("+ torch.compile: the default", True, True, True),
     Variant("default, blocks keep products only", True, True, True, keep="products"),
 )
+ATTENTION = "aten::_scaled_dot_product_"
 PLAIN, DEFAULT = VARIANTS[0].name, VARIANTS[3].name
 KINDS = (
     "matrix multiplies",
     "convolutions",
+    "attention",
     "norm, GELU, gate and other elementwise",
     "copies",
     "optimizer",
@@ -65,12 +69,19 @@ KINDS = (
 )
 
 
+def make_network(args: argparse.Namespace, keep: str = "all") -> VelocityNetwork:
+    """That of --config, or an IsoNext of the sizes given."""
+    config = Config(model=ModelConfig(hidden_dim=args.hidden_dim, num_layers=args.num_layers))
+    config = load_config(args.config, args.overrides) if args.config else config
+    styles = ["a", "b"] if config.training.label_drop_prob else ["a"]
+    return network_of(config, LatentSpec("none", args.latent_channels, 1, args.latent_size, styles))(keep=keep)
+
+
 def make_step(args: argparse.Namespace, variant: Variant, device: torch.device) -> Callable[[], None]:
     """A function that does one optimiser step of `variant`; warmed up, so compiled."""
     torch.manual_seed(0)
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    size = {"hidden_dim": args.hidden_dim, "num_layers": args.num_layers, "keep": variant.keep}
-    model = IsoNext(args.latent_channels, num_styles=2, **size).to(device, memory_format=layout)
+    model = make_network(args, variant.keep).to(device, memory_format=layout)
     optimizer, ema = make_optimizer(model, TrainingConfig()), EMA(model, 0.999)
     if variant.compile:
         model.compile(dynamic=False)
@@ -90,7 +101,6 @@ def make_step(args: argparse.Namespace, variant: Variant, device: torch.device) 
         ema.update(model, 1000)
         optimizer.zero_grad(set_to_none=True)
 
-    step.parameters = count_parameters(model)
     step()
     step()
     return step
@@ -104,15 +114,15 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def step_bytes(args: argparse.Namespace) -> int:
-    """What the blocks of one step must read and write in BF16, where every operation is one pass over memory.
+def step_bytes(args: argparse.Namespace, network: VelocityNetwork) -> int:
+    """What an IsoNext's blocks of one step must read and write in BF16, where every operation is one pass over memory.
 
     In units of one activation of D channels, forward: depthwise 2, norm 2, widen 1 + 4, GELU 4 + 4, narrow 4 + 1, gate
     and residual 2 + 1. Backward: narrow 1 + 4 for its input and 1 + 4 for its weights, GELU 8 + 4, widen 4 + 1 and
     4 + 1, norm 3 + 1, depthwise 2 and 2, gate and residual 3 + 1. Weights are small beside them.
     """
-    activation = 2 * args.batch_size * args.latent_size**2 * args.hidden_dim
-    return args.num_layers * (25 + 44) * activation
+    activation = 2 * args.batch_size * args.latent_size**2 * network.blocks[0].widen.in_features
+    return len(network.blocks) * (25 + 44) * activation
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -142,10 +152,11 @@ def kind_of(name: str) -> str | None:
     for words, kind in (
         (("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"), KINDS[0]),
         (("conv", "isonext::depthwise"), KINDS[1]),
-        (("adamw", "AdamW", "aten::_foreach_norm", "aten::linalg", "aten::_foreach_mul_"), KINDS[4]),
-        (("aten::_foreach_lerp",), KINDS[5]),
-        (("aten::copy_", "aten::clone", "aten::contiguous", "aten::fill_", "aten::zero_"), KINDS[3]),
-        (("CompiledFxGraph", "triton", "aten::"), KINDS[2]),
+        ((ATTENTION,), KINDS[2]),
+        (("adamw", "AdamW", "aten::_foreach_norm", "aten::linalg", "aten::_foreach_mul_"), KINDS[5]),
+        (("aten::_foreach_lerp",), KINDS[6]),
+        (("aten::copy_", "aten::clone", "aten::contiguous", "aten::fill_", "aten::zero_"), KINDS[4]),
+        (("CompiledFxGraph", "triton", "aten::"), KINDS[3]),
     ):
         if any(word in name for word in words):
             return kind
@@ -167,8 +178,19 @@ def where_time_goes(step: Callable[[], None], device: torch.device, rounds: int)
     table = defaultdict(float)
     for same in zip(*(spent for spent in steps if len(spent) == usual), strict=True):
         event, kind = same[0][0], kind_of(same[0][0].name)
-        table[kind, side_of(event) if kind in KINDS[:3] else ""] += statistics.median(time for _, time in same)
+        table[kind, side_of(event) if kind in KINDS[:4] else ""] += statistics.median(time for _, time in same)
     return dict(table)
+
+
+def attention_kernel(step: Callable[[], None], device: torch.device) -> str:
+    """The operation that attention was; on CUDA anything but a fused one is an error, since it would cost the speed."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    names = {event.name for event in profiled.events() if event.name.startswith(ATTENTION)}
+    forward = sorted(name for name in names if not name.endswith("backward"))
+    if device.type == "cuda" and not any(kind in " ".join(forward) for kind in ("flash", "efficient", "cudnn")):
+        raise UserError(f"attention ran as {' '.join(forward) or 'nothing'}: none of CUDA's fused kernels took it")
+    return " ".join(forward).replace("aten::_", "")
 
 
 def side_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:
@@ -191,7 +213,11 @@ def main(args: argparse.Namespace) -> int:
     copy.append(copy_rate(device))
     medians = {variant: 1e3 * statistics.median(values) for variant, values in times.items()}
     table = where_time_goes(steps[DEFAULT], device, args.rounds)
-    result = figures(args, device, steps[PLAIN].parameters, medians, max(matmul), max(copy))
+    with torch.device("meta"):
+        network = make_network(args)
+    result = figures(args, device, network, medians, max(matmul), max(copy))
+    if network.attends:
+        result["attention"] = attention_kernel(steps[DEFAULT], device)
     print_tables(result, medians, table)
     result["variants_ms"] = {name: round(value, 2) for name, value in medians.items()}
     result["where_ms"] = {" ".join(key).strip(): round(value, 2) for key, value in table.items()}
@@ -202,42 +228,44 @@ def main(args: argparse.Namespace) -> int:
 def figures(
     args: argparse.Namespace,
     device: torch.device,
-    parameters: int,
+    network: VelocityNetwork,  # on the meta device
     medians: dict[str, float],  # milliseconds by variant
     matmul: float,  # operations a second
     copy: float,  # bytes a second
 ) -> dict:
-    with torch.device("meta"):
-        network = IsoNext(args.latent_channels, 2, hidden_dim=args.hidden_dim, num_layers=args.num_layers)
-    flops, moved = step_flops(network, args.batch_size, (args.latent_size,) * 2), step_bytes(args)
+    flops = step_flops(network, args.batch_size, (args.latent_size,) * 2)
     plain, default = (medians[name] for name in (PLAIN, DEFAULT))
-    floor = 1e3 * (flops / matmul + moved / copy)
     result = {
         "device": device_name(device),
-        "shape": [args.hidden_dim, args.num_layers, args.batch_size, args.latent_channels, args.latent_size],
-        "parameters": parameters,
+        "network": f"{type(network).__name__}, {len(network.blocks)} blocks",
+        "shape": [args.batch_size, args.latent_channels, args.latent_size, args.latent_size],
+        "parameters": count_parameters(network),
         "step_gflop": round(flops / 1e9, 2),
-        "step_gb": round(moved / 1e9, 3),
         "matmul_gflops": round(matmul / 1e9, 1),
-        "copy_gb_s": round(copy / 1e9, 2),
         "plain_ms": round(plain, 2),
         "default_ms": round(default, 2),
         "ratio": round(plain / default, 3),
-        "floor_ms": round(floor, 2),
         "matmul_share": round(1e3 * flops / matmul / default, 4),
-        "floor_share": round(floor / default, 4),
     }
+    if not network.attends:
+        moved = step_bytes(args, network)
+        floor = 1e3 * (flops / matmul + moved / copy)
+        result |= {"step_gb": round(moved / 1e9, 3), "copy_gb_s": round(copy / 1e9, 2)}
+        result |= {"floor_ms": round(floor, 2), "floor_share": round(floor / default, 4)}
     if device.type == "cuda":
         result["peak_memory_gb"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 3)
     return result
 
 
 def print_tables(result: dict, medians: dict[str, float], table: dict[tuple[str, str], float]) -> None:
-    d, n, batch, channels, side = result["shape"]
-    size = f"D {d}, N {n}, batch {batch}, {channels} x {side} x {side}, {result['parameters'] / 1e6:.2f} M parameters"
-    compute = f"{result['step_gflop']:.0f} GFLOP at {result['matmul_gflops']:.0f} GFLOP/s (BF16 matrix multiply)"
-    traffic = f"{result['step_gb']:.2f} GB at {result['copy_gb_s']:.1f} GB/s (copy)"
-    print(f"{result['device']}; {size}\nfloor: {compute} and {traffic}: {result['floor_ms']:.0f} ms\n")
+    print(f"{result['device']}; {result['network']}, {result['parameters'] / 1e6:.2f} M parameters, batch and latents "
+          f"{' x '.join(map(str, result['shape']))}")  # fmt: skip
+    print(f"a step: {result['step_gflop']:.0f} GFLOP at {result['matmul_gflops']:.0f} GFLOP/s (BF16 matrix multiply)")
+    if "floor_ms" in result:
+        print(f"and {result['step_gb']:.2f} GB at {result['copy_gb_s']:.1f} GB/s (copy): {result['floor_ms']:.0f} ms")
+    if "attention" in result:
+        print(f"attention: {result['attention']}")
+    print()
     for name, median in medians.items():
         share = result["step_gflop"] / median / result["matmul_gflops"] * 1e3
         print(f"{name:36s}{median:9.1f} ms   {result['plain_ms'] / median:5.2f} x   {share:5.1%} of matmul rate")
@@ -252,7 +280,8 @@ def print_tables(result: dict, medians: dict[str, float], table: dict[tuple[str,
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser("Time a training step, plain against default, and against the matmul rate.", config=False)
+    parser = new_parser("Time a training step, plain against default, and against the matmul rate.")
+    parser.add_argument("--config", help="the network of this config, in place of an IsoNext of the sizes below")
     parser.add_argument("--hidden_dim", type=int, default=128, help="width D")
     parser.add_argument("--num_layers", type=int, default=6, help="depth N")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures a step")

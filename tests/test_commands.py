@@ -305,6 +305,17 @@ def test_step_benchmark_ends_with_one_json_line():
     assert figures["step_gflop"] == round(128 * 2 * (3 * 12064 - 1152) / 1e9, 2)
 
 
+def test_step_benchmark_times_the_network_of_a_config_and_names_its_attention():
+    flags = ["--config", "configs/digits.json", "--set", "model.hidden_dim=32", "--set", "model.num_layers=1"]
+    done = call(ROOT, "benchmarks/train_step.py", *flags, "--batch_size", "2", "--latent_size", "8", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["network"] == "DiT, 1 blocks"
+    assert figures["attention"] == "scaled_dot_product_flash_attention_for_cpu"
+    assert {"attention forward", "attention backward"} <= figures["where_ms"].keys()
+    assert "floor_ms" not in figures
+
+
 def test_plan_benchmark_finds_the_estimate_near_what_is_measured():
     done = call(ROOT, "benchmarks/plan.py", "--device", "cpu", "--sizes", "32x2x16x8", "64x1x8x4")
     assert done.returncode == 0, done.stderr
@@ -335,6 +346,17 @@ def test_folder_benchmark_compares_a_folder_with_its_legs(studio):
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["pictures"] == 16
     assert figures["share"] == pytest.approx(figures["folder_per_s"] / figures["legs_per_s"], rel=1e-2)
+
+
+def test_sample_benchmark_compares_one_process_with_two(studio):
+    flags = ["--num_samples", "4", "--batch_size", "2", "--num_steps", "2", "--cfg_scale", "2", "--rounds", "1"]
+    done = call(studio, "benchmarks/sample.py", "--checkpoint", CHECKPOINT, *flags)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["nfe"] == 2 * (2 + 2)
+    assert figures["ratio"] == pytest.approx(figures["two_per_s"] / figures["one_per_s"], abs=1e-3)
+    done = call(studio, "benchmarks/sample.py", "--checkpoint", CHECKPOINT, *flags, "--cfg_scale", "nan")
+    refused((done.returncode, done.stdout, done.stderr), "sample.py failed", "cfg_scale")
 
 
 def test_preprocess_benchmark_compares_with_the_bare_encoder(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cost import Footprint, footprint, step_flops
+from cost import Footprint, footprint, forward_flops, step_flops
 from model import DepthwiseConv, IsoNext
 
 SIZES = {
@@ -90,5 +90,6 @@ def test_the_operations_of_a_step_are_those_counted_by_hand():
     with torch.device("meta"):
         network = IsoNext(2, 3, hidden_dim=8, num_layers=2, kernel_size=5, num_groups=4, expansion=3)
     assert step_flops(network, 5, (4, 4)) == 2 * 5 * 16 * (3 * (288 + 2 * 584) - 144)
+    assert forward_flops(network, 5, (4, 4)) == 2 * 5 * 16 * (288 + 2 * 584)
     again = step_flops(network, 5, (4, 4), recompute=True)
     assert again == 2 * 5 * 16 * (3 * 288 - 144 + 4 * 2 * 584)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ROOT, call, refused
 from PIL import Image
 
 import cli
@@ -410,3 +410,36 @@ def test_a_classifier_is_a_function_of_its_seed():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.head.weight, other.head.weight)
     assert one.hits(known).all()
+
+
+#################################################################################
+#                                  The pipeline                                 #
+#################################################################################
+
+TINY = ["--users", "2", "--recordings", "3", "--held_out", "1", "--set", "data.image_size=32"]
+TINY += ["--set", "model.hidden_dim=24", "--set", "model.num_layers=1", "--set", "training.compile=false"]
+TINY += ["--set", "training.stage1_epochs=2", "--set", "training.batch_size=8", "--set", "training.num_workers=0"]
+TINY += ["--set", "data.val_fraction=0.34"]
+PIPELINE = "examples/micro_doppler/run_pipeline.py"
+
+
+def test_the_pipeline_makes_pictures_of_every_user_and_measures_them(tmp_path):
+    done = call(tmp_path, PIPELINE, "--quick", *TINY)
+    assert done.returncode == 0, done.stderr
+    made = {path.name for path in (tmp_path / "outputs/micro_doppler").iterdir()}
+    assert made == {"grid.png"} | {f"user{user}_{number:03}.png" for user in (1, 2) for number in range(1, 5)}
+    report = json.loads((tmp_path / "checkpoints/micro_doppler_quick/report.json").read_text())
+    assert (
+        report["pictures"] == {"training": 24, "held-out": 8, "generated": 8}
+        and "look at outputs/micro_doppler/grid.png" in done.stdout
+    )
+    meta = json.loads((tmp_path / "latents/micro_doppler_quick/meta.json").read_text())
+    assert meta["split_by"] == "folder-prefix" and not meta["flip"]
+
+
+def test_the_pipeline_stops_at_the_first_command_that_fails(tmp_path):
+    done = call(tmp_path, PIPELINE, "--quick", *TINY, "--set", "data.image_size=48")
+    refused((done.returncode, done.stdout, done.stderr), "--size 48")
+    assert "1/5" in done.stdout and "2/5" not in done.stdout
+    done = call(tmp_path, PIPELINE, "--quick", "--held_out", "0")
+    refused((done.returncode, done.stdout, done.stderr), "--held_out 0")

@@ -1,0 +1,89 @@
+"""How many samples a second, by one process and by two?
+
+python benchmarks/sample.py --checkpoint checkpoints/digits/stage1_epoch12.pt --num_samples 256 --num_steps 30
+
+Runs sample.py as a user would, alone and under torchrun, in turn; the rate is the one that it prints: solver, decoding
+and writing, without the start. On CUDA two processes need two devices. The share is the network's floating-point
+operations over the time of one process, against the best BF16 matrix-multiply rate found in the same run. The last line
+is JSON.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train_step import matmul_rate
+
+from checkpoint import load_checkpoint, load_model
+from cli import UserError, add_device_flags, new_parser, run
+from cost import forward_flops
+from device import device_name, pick_device
+
+SAMPLE = Path(__file__).resolve().parents[1] / "sample.py"
+
+
+def rate(args: argparse.Namespace, processes: int) -> float:
+    """Pictures a second of one run into a folder that is thrown away."""
+    alone = [sys.executable]
+    many = [*alone, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = ["--checkpoint", args.checkpoint, "--num_samples", args.num_samples, "--batch_size", args.batch_size]
+    flags += ["--num_steps", args.num_steps, "--cfg_scale", args.cfg_scale, "--device", args.device]
+    flags += ["--method", "alf", "--cfg_interval", 0, 1]  # so that the evaluations are known
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [*(many if processes > 1 else alone), SAMPLE, *flags, "--output", scratch, "--compile", args.compile]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    found = re.search(r"([\d.]+) pictures/s", done.stdout)
+    if done.returncode or not found:
+        raise UserError(f"sample.py failed: {done.stderr.strip() or done.stdout.strip()}")
+    return float(found[1])
+
+
+def main(args: argparse.Namespace) -> int:
+    for name in ("num_samples", "batch_size", "num_steps", "rounds"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.checkpoint)
+    network = load_model(checkpoint, args.checkpoint, torch.device("cpu"))
+    rates = {1: [], 2: []}
+    for _ in range(args.rounds):
+        for processes, found in rates.items():
+            found.append(rate(args, processes))
+    one, two = (statistics.median(found) for found in rates.values())
+    matmul = matmul_rate(device)
+    # alf evaluates the field once a step and twice more; guidance doubles each of these.
+    nfe = (args.num_steps + 2) * (1 if args.cfg_scale == 1 else 2)
+    flops = nfe * forward_flops(network, 1, checkpoint.latents.space)
+    print(f"{device_name(device)}; {type(network).__name__}, {args.num_samples} samples, {nfe} evaluations each")
+    print(f"one process     {one:8.2f} samples/s   {one * flops / matmul:.1%} of {matmul / 1e9:.0f} GFLOP/s")
+    print(f"two processes   {two:8.2f} samples/s   {two / one:.2f} x")
+    result = {"one_per_s": one, "two_per_s": two, "ratio": round(two / one, 3)}
+    result |= {"matmul_share": round(one * flops / matmul, 4), "matmul_gflops": round(matmul / 1e9, 1), "nfe": nfe}
+    print(json.dumps(result | {"device": device_name(device), "samples": args.num_samples, "batch": args.batch_size}))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser("Time sample.py in one process and in two.", config=False)
+    parser.add_argument("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py")
+    parser.add_argument("--num_samples", type=int, default=128, help="pictures a run")
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures at once")
+    parser.add_argument("--num_steps", type=int, default=20, help="of the solver")
+    parser.add_argument("--cfg_scale", type=float, default=1.0, help="guidance; 1 is none")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="off", help="compiling counts as time")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each")
+    add_device_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, build_parser())
