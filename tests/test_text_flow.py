@@ -35,6 +35,7 @@ WORDS = (
     ["cats", "dogs", "birds"],
     ["run", "sit"],
 )
+CPU = torch.device("cpu")
 SHAPE = Shape(
     AutoencoderConfig(latents=3, width=48, layers=1, heads=2, max_tokens=8, vocabulary=320),
     FlowConfig(hidden_dim=48, num_layers=2, num_heads=2),
@@ -53,9 +54,9 @@ def folder(tmp_path_factory):
     source = {"type": "jsonl", "path": "lines.jsonl", "label_field": "animal"}
     (root / "data.json").write_text(json.dumps({"val_fraction": 0.25, "sources": [source]}))
     corpora = load_corpora(read_data_config(root / "data.json"))
-    make_model(root / "model", SHAPE, corpora, "autoencoder", quiet=True)
+    make_model(root / "model", SHAPE, corpora, CPU, "autoencoder", quiet=True)
     faster = dataclasses.replace(SHAPE, training=dataclasses.replace(SHAPE.training, learning_rate=4e-3))
-    make_model(root / "model", faster, corpora, "flow", quiet=True)
+    make_model(root / "model", faster, corpora, CPU, "flow", quiet=True)
     return root
 
 
@@ -286,7 +287,7 @@ def test_experiment_tabulates_all_heads_and_goes_on_where_it_stood(folder, tmp_p
     heads = [HeadConfig(True, vq, refiner, **small) for vq in (False, True) for refiner in (False, True)]
     monkeypatch.setattr(text_experiment, "HEADS", heads)
     plan = Plan(SHAPE, HeadRun(batch_size=16, max_steps=2, eval_interval=0, save_interval=0), sentences=12, num_steps=2)
-    results = experiment(plan, str(folder / "data.json"), tmp_path / "out", 2, 0.5, quiet=True)
+    results = experiment(plan, str(folder / "data.json"), tmp_path / "out", 2, 0.5, CPU, quiet=True)
     out = capsys.readouterr().out
     names = ["no head", "MLP head", "MLP head + refiner", "VQ head", "VQ head + refiner"]
     assert list(results["heads"]) == names and all(len(rows) == 2 for rows in results["heads"].values())
@@ -297,7 +298,7 @@ def test_experiment_tabulates_all_heads_and_goes_on_where_it_stood(folder, tmp_p
     assert results["heads"]["VQ head"][0]["codes used"] > 1 and results["heads"]["MLP head"][0]["codes used"] is None
     assert len(results["samples"]["sample"]) == 10
     monkeypatch.setattr(text_experiment, "train_head", None)  # would fail if called
-    again = experiment(plan, str(folder / "data.json"), tmp_path / "out", 2, 0.5, quiet=True)
+    again = experiment(plan, str(folder / "data.json"), tmp_path / "out", 2, 0.5, CPU, quiet=True)
     assert again["heads"] == results["heads"]
 
 

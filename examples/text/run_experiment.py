@@ -14,7 +14,7 @@ from pathlib import Path
 # A script's folder is on the path, the project's root is not: the core's modules lie there.
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
-from cli import UserError, new_parser, run
+from cli import UserError, add_device_flags, new_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="outputs/text_experiment", help="models, predictions, results.json")
     parser.add_argument("--seeds", type=int, default=3, help="seeds a head")
     parser.add_argument("--t_start", type=float, default=0.3, help="where a sentence goes on from: 0 is all noise")
+    add_device_flags(parser)
     return parser
 
 
@@ -32,10 +33,13 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--seeds {args.seeds}: must be 1 or more")
     if not 0 <= args.t_start <= 1:
         raise UserError(f"--t_start {args.t_start}: must be from 0 to 1")
+    from device import allow_tf32, pick_device
     from text_experiment import experiment, quick_plan, whole_plan  # torch takes seconds to import
 
+    device = pick_device(args.device)
+    allow_tf32(True)
     plan = quick_plan() if args.quick else whole_plan()
-    experiment(plan, args.data_config, Path(args.output), args.seeds, args.t_start)
+    experiment(plan, args.data_config, Path(args.output), args.seeds, args.t_start, device)
 
 
 if __name__ == "__main__":

@@ -50,13 +50,19 @@ def whole_plan() -> Plan:
 
 
 def experiment(
-    plan: Plan, data_config: str, folder: Path, seeds: int, t_start: float, quiet: bool | None = None
+    plan: Plan,
+    data_config: str,
+    folder: Path,
+    seeds: int,  # a head
+    t_start: float,  # where a sentence goes on from
+    device: torch.device,
+    quiet: bool | None = None,
 ) -> dict:
     """All of it; prints the tables and ten sentences a mode, writes results.json; returns what that holds."""
     started = time.perf_counter()
     corpora = load_corpora(read_data_config(data_config))
-    make_model(folder / "model", plan.shape, corpora, quiet=quiet)
-    model = load_text_model(folder / "model")
+    make_model(folder / "model", plan.shape, corpora, device, quiet=quiet)
+    model = load_text_model(folder / "model").to(device)
     chosen = model.accept(corpora[1]).part(plan.sentences)
     checks, samples = sanity(model, chosen, plan)
     how = Writing("denoise", t_start, plan.num_steps, batch_size=64)
@@ -67,7 +73,7 @@ def experiment(
             heads, figures = trained(model, config, plan, seed, corpora, folder, quiet)
             rows[config.name].append(measure(model, heads, chosen, how, seed, folder) | figures)
     results = {
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(device),
         "seconds": time.perf_counter() - started,
         "t_start": t_start,
         "sentences": len(chosen),
@@ -96,7 +102,7 @@ def trained(
     )
     figures = {"codes used": best.get("codes_used"), "perplexity": best.get("perplexity")}
     figures |= {"val_loss": best["val_loss"], "parameters": best["parameters"], "seconds": last["seconds"]}
-    return load_head(place / "best.pt", model), figures
+    return load_head(place / "best.pt", model).to(model.device), figures
 
 
 def measure(model: TextModel, heads: Heads | None, chosen: Corpus, how: Writing, seed: int, folder: Path) -> dict:

@@ -49,7 +49,7 @@ def guess(model: TextModel, x1: Tensor, style: Tensor, generator: torch.Generato
     x0 = torch.randn(x1.shape, generator=generator).to(x1.device)
     xt, _ = path(x0, x1, t)
     with torch.no_grad():
-        return xt + (1 - t)[:, None, None] * model.field(xt, t, style)
+        return xt + (1 - t)[:, None, None] * model.field(xt, t, style.to(x1.device))
 
 
 def losses(model: TextModel, heads: Heads, texts: list[str], x1: Tensor, x1_hat: Tensor) -> tuple[Tensor, dict, tuple]:
@@ -76,7 +76,7 @@ def train_head(
         warmup_steps=min(100, steps // 10),
     )
     torch.manual_seed(how.seed)
-    heads = Heads(config, model.spec.channels)
+    heads = Heads(config, model.spec.channels).to(model.device)
     if heads.codebook:
         heads.codebook.start_from(_first_outputs(model, heads, train, how))
 

@@ -4,7 +4,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from cli import UserError
+from device import allow_tf32, pick_device
 from text_data import Corpus, load_corpora, read_data_config
 from text_head_stage import HeadRun, train_head
 from text_heads import HeadConfig
@@ -38,15 +41,20 @@ def train(args: argparse.Namespace) -> None:
     wants_head = args.stage == "head" or head.name != "" or head.use_vq_codebook
     if wants_head:
         head.check(shape.autoencoder.latent_dim)  # before an hour's training, not after it
+    device = pick_device(args.device)
+    allow_tf32(True)
     corpora = load_corpora(read_data_config(args.data_config))
     if args.stage in ("autoencoder", "flow", "all") and not is_omniflow(folder):
-        make_model(folder, shape, corpora, args.stage)
+        make_model(folder, shape, corpora, device, args.stage)
     if wants_head and args.stage in ("head", "all"):
-        train_head(load_text_model(folder), head, from_flags(HeadRun, args), corpora, Path(args.output_dir))
+        model = load_text_model(folder).to(device)
+        train_head(model, head, from_flags(HeadRun, args), corpora, Path(args.output_dir))
         print(f"{Path(args.output_dir) / 'best.pt'}: {head.name}")
 
 
-def make_model(folder: Path, shape: Shape, corpora: tuple[Corpus, Corpus], stage: str = "all", quiet=None) -> None:
+def make_model(
+    folder: Path, shape: Shape, corpora: tuple[Corpus, Corpus], device: torch.device, stage: str = "all", quiet=None
+) -> None:
     """The stages up to `stage` whose files are not there."""
     for name, file, make in (("autoencoder", AUTOENCODER, train_autoencoder), ("flow", FLOW, train_flow)):
         if stage not in (name, "all"):
@@ -54,5 +62,5 @@ def make_model(folder: Path, shape: Shape, corpora: tuple[Corpus, Corpus], stage
         if (folder / file).exists():
             print(f"{folder / file}: is there already; delete it to train it anew")
         else:
-            make(folder, shape, *corpora, quiet)
+            make(folder, shape, *corpora, device, quiet)
             print(f"{folder / file}: trained")

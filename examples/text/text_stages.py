@@ -40,7 +40,9 @@ def quick_shape() -> Shape:
     )
 
 
-def train_autoencoder(folder: Path, shape: Shape, train: Corpus, val: Corpus, quiet: bool | None = None) -> None:
+def train_autoencoder(
+    folder: Path, shape: Shape, train: Corpus, val: Corpus, device: torch.device, quiet: bool | None = None
+) -> None:
     """Tokenizer and autoencoder of the training sentences, to models/text/autoencoder.pt.
 
     Loss: cross-entropy of the next token, the decoder given latents with Gaussian noise of deviation `noise`.
@@ -48,7 +50,7 @@ def train_autoencoder(folder: Path, shape: Shape, train: Corpus, val: Corpus, qu
     config, training = shape.autoencoder, shape.training
     tokenizer = train_tokenizer(train.texts, config.vocabulary)
     torch.manual_seed(training.seed)
-    model = TextAutoencoder(config, tokenizer)
+    model = TextAutoencoder(config, tokenizer).to(device)
     train, val = (within_limit(corpus, tokenizer, config.max_tokens) for corpus in (train, val))
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
@@ -84,14 +86,17 @@ def latent_spec(autoencoder: TextAutoencoder, train: Corpus) -> LatentSpec:
     return LatentSpec("text", config.latent_dim, 1, config.latents, train.classes, mean.tolist(), std.tolist())
 
 
-def train_flow(folder: Path, shape: Shape, train: Corpus, val: Corpus, quiet: bool | None = None) -> None:
+def train_flow(
+    folder: Path, shape: Shape, train: Corpus, val: Corpus, device: torch.device, quiet: bool | None = None
+) -> None:
     """The velocity network over the frozen autoencoder's latents, by the core's loss, to models/text/flow.pt."""
     autoencoder, spec = load_autoencoder(folder)
+    autoencoder.to(device)
     check_classes(spec, train)
     train, val = (within_limit(corpus, autoencoder.tokenizer, autoencoder.config.max_tokens) for corpus in (train, val))
     training = replace(shape.training, label_drop_prob=0.15 if len(spec.styles) > 1 else 0.0)
     torch.manual_seed(training.seed)
-    model = make_field(shape.flow, spec)
+    model = make_field(shape.flow, spec).to(device)
 
     def drawn(corpus: Corpus, network: torch.nn.Module, step: int, drop: float, stream: int) -> Tensor:
         texts, style, generator = corpus.draw(training.batch_size, training.seed + stream, step)

@@ -13,7 +13,7 @@ from pathlib import Path
 # A script's folder is on the path, the project's root is not: the core's modules lie there.
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
-from cli import UserError, new_parser, run
+from cli import UserError, add_device_flags, new_parser, run
 
 STAGES = ("autoencoder", "flow", "head", "all")
 
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("seed", 0, "of all randomness of the head"),
     ):
         head.add_argument(f"--{name}", type=int, default=default, help=text)
+    add_device_flags(parser)
     head.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of the head")
     return parser
 
