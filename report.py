@@ -190,14 +190,15 @@ def plot_front(results: list[Evaluation], path: Path) -> None:
 
     points = [_point(each) for each in results]
     chosen = sorted(front(points), key=lambda number: points[number])
-    figure, axes = pyplot.subplots(figsize=(9, 6))
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     axes.plot(*zip(*(points[number] for number in chosen), strict=True), color="tab:red", linewidth=1, zorder=1)
-    for number, point in enumerate(points):
-        axes.scatter(*point, color="tab:red" if number in chosen else "tab:grey", zorder=2)
-        axes.annotate(label(results[number], results), point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    for number, point in enumerate(points):  # names stand beside the plot: neighbours' would lie on each other
+        colour, name = "tab:red" if number in chosen else "tab:grey", label(results[number], results)
+        axes.scatter(*point, color=colour, zorder=2, label=f"{number + 1}   {name}")
+        axes.annotate(str(number + 1), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="style success", ylabel="SSIM to source", title="Style against structure; red: the front")
     axes.margins(x=0.15)
-    figure.tight_layout()
+    figure.legend(loc="outside right upper", fontsize=7)
     with written_whole(path) as beside:
         figure.savefig(beside, dpi=120)
     pyplot.close(figure)
