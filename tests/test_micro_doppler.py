@@ -371,6 +371,25 @@ def test_without_generated_pictures_and_with_a_broken_one(ran, real, tmp_path):
     assert "generated" not in json.loads((tmp_path / "r.json").read_text())["figures"]
 
 
+def test_the_autoencoders_own_loss_is_a_column(ran, real, tmp_path):
+    flags = (
+        "--real_train",
+        real / "md",
+        "--real_test",
+        real / "md_test",
+        "--steps",
+        2,
+        "--output",
+        tmp_path / "r.json",
+    )
+    for codec, lossless in (("dct:f2c12", True), ("dct:f8c3", False)):
+        assert ran("evaluate", *flags, "--autoencoder", codec)[0] == 0
+        figures = json.loads((tmp_path / "r.json").read_text())["figures"]
+        same = {name: figures["coded"][name] == figures["real"][name] for name in ("nearest_db", "off_map", "copies")}
+        assert all(same.values()) if lossless else not any(same.values()), (codec, same)
+    refused(ran("evaluate", *flags, "--autoencoder", "dct:f3"), "dct:f3")
+
+
 def test_evaluate_refuses_in_one_line(ran, real, tmp_path):
     flags = ("--real_train", real / "md", "--real_test", real / "md_test", "--steps", 2)
     refused(ran("evaluate", *flags, "--output", tmp_path / "report.txt"), "report.txt", ".json")
@@ -429,12 +448,11 @@ def test_the_pipeline_makes_pictures_of_every_user_and_measures_them(tmp_path):
     made = {path.name for path in (tmp_path / "outputs/micro_doppler").iterdir()}
     assert made == {"grid.png"} | {f"user{user}_{number:03}.png" for user in (1, 2) for number in range(1, 5)}
     report = json.loads((tmp_path / "checkpoints/micro_doppler_quick/report.json").read_text())
-    assert (
-        report["pictures"] == {"training": 24, "held-out": 8, "generated": 8}
-        and "look at outputs/micro_doppler/grid.png" in done.stdout
-    )
+    assert report["pictures"] == {"training": 24, "held-out": 8, "generated": 8} and "coded" in report["figures"]
+    assert "look at outputs/micro_doppler/grid.png" in done.stdout
     meta = json.loads((tmp_path / "latents/micro_doppler_quick/meta.json").read_text())
-    assert meta["split_by"] == "folder-prefix" and not meta["flip"]
+    train, val = ({name.rpartition("_")[0] for name in meta["split"][side]} for side in ("train", "val"))
+    assert train and val and not train & val and not meta["flip"]
 
 
 def test_the_pipeline_stops_at_the_first_command_that_fails(tmp_path):

@@ -25,7 +25,7 @@ PICTURES = 4  # of a recording
 
 def commands(args: argparse.Namespace, config_path: Path, config: Config) -> list[list[str]]:
     """The five commands, each as its words. As many pictures of each user are generated as are held out."""
-    real, output = Path(config.data.raw_data_root), args.output
+    real, output, codec = Path(config.data.raw_data_root), args.output, config.autoencoder.name
     report = Path(config.checkpoint.save_dir) / "report.json"
     checkpoint = Path(config.checkpoint.save_dir) / f"stage1_epoch{config.training.stage1_epochs}.pt"
     shared = ["--config", config_path, *(word for each in args.overrides for word in ("--set", each))]
@@ -39,7 +39,7 @@ def commands(args: argparse.Namespace, config_path: Path, config: Config) -> lis
         [ROOT / "preprocess_latents.py", *shared],
         [ROOT / "train.py", *shared, "--resume"],
         [ROOT / "sample.py", "--checkpoint", checkpoint, *made, "--output", output],
-        [here / "evaluate.py", *sets, "--output", report, "--seed", args.seed],
+        [here / "evaluate.py", *sets, "--autoencoder", codec, "--output", report, "--seed", args.seed],
     ]
     return [[str(word) for word in words] for words in plan]
 

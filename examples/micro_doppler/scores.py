@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from radar import RANGE_DB, SIZES, Radar, from_rgb, ridge_speeds, step_rate
 from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import images
+from autoencoder import load_autoencoder
 from cli import UserError
 from files import natural_order, written_whole
 from metrics import Estimate, bootstrap, nearest_distance
@@ -82,7 +84,14 @@ def picture_side(root: Path, names: list[Path]) -> int:
     return width
 
 
-def read(root: Path, users: list[str], side: int, radar: Radar, generated: bool = False) -> Spectrograms:
+def read(
+    root: Path,
+    users: list[str],
+    side: int,  # pixels
+    radar: Radar,
+    generated: bool = False,
+    through: Callable[[Image.Image], Image.Image] | None = None,  # what is done to a picture before it is measured
+) -> Spectrograms:
     """Every picture below `root` as dB and what it tells; unreadable ones are named and skipped."""
     found = find_users(root)
     if strangers := [user for user in found if user not in users]:
@@ -92,8 +101,10 @@ def read(root: Path, users: list[str], side: int, radar: Radar, generated: bool 
     for user, name in tqdm(names, desc=root.name, unit="picture", disable=None):
         try:
             picture = images.square(images.open_picture(root / name), side)
+            picture = through(picture) if through else picture
         except images.BadPicture as error:
-            print(f"skipped: {error}")
+            if not through:  # else it was named when its pictures were read as they are
+                print(f"skipped: {error}")
             skipped += 1
             continue
         db, off_map = from_rgb(np.asarray(picture))
@@ -105,6 +116,17 @@ def read(root: Path, users: list[str], side: int, radar: Radar, generated: bool 
         raise UserError(f"{root}: not one of its pictures can be read")
     pictures, *values = zip(*rows, strict=True)
     return Spectrograms(torch.stack(pictures), *(torch.tensor(np.array(each)) for each in values), skipped)
+
+
+def coding(name: str) -> Callable[[Image.Image], Image.Image]:
+    """A picture encoded and decoded by an autoencoder: nothing generated from its latents can be nearer to the real."""
+    codec = load_autoencoder(name, torch.device("cpu"))
+
+    @torch.inference_mode()
+    def through(picture: Image.Image) -> Image.Image:
+        return images.to_picture(codec.decode(codec.encode(images.to_pixels(images.to_bytes(picture))[None]))[0])
+
+    return through
 
 
 def radar_of(root: Path) -> Radar:
@@ -217,9 +239,15 @@ def figures_of(
 
 
 def measure(
-    train: Spectrograms, test: Spectrograms, made: Spectrograms | None, users: list[str], steps: int, seed: int
+    train: Spectrograms,
+    test: Spectrograms,
+    made: Spectrograms | None,
+    users: list[str],
+    steps: int,  # of a classifier's training
+    seed: int,
+    coded: Spectrograms | None = None,  # the held-out pictures through the autoencoder
 ) -> dict[str, dict[str, Figure]]:
-    """Figures of "real" (held-out) and, if there are any, "generated" pictures; None where there are too few."""
+    """Figures of "real" (held-out) and, if there are any, "coded" and "generated" pictures; None: there are too few."""
 
     def spread(some: Spectrograms) -> Figure:
         values = diversity(some)
@@ -227,15 +255,17 @@ def measure(
         return some.part(known).mean(values[known]) if known.any() else None
 
     classifier = train_classifier(train, len(users), steps, seed)
-    sets = {"real": test} | ({"generated": made} if made else {})
+    sets = {"real": test} | ({"coded": coded} if coded else {}) | ({"generated": made} if made else {})
     nearest = {name: nearest_distance(some.pictures, train.pictures) for name, some in sets.items()}
     figures = {name: figures_of(some, train, nearest[name], classifier) for name, some in sets.items()}
-    figures["real"]["diversity_db"] = spread(train)
-    if made is None:
+    for name, some in (sets | {"real": train}).items():
+        figures[name]["diversity_db"] = spread(some)
+    if len(sets) == 1:
         return figures
-    figures["generated"]["diversity_db"] = spread(made)
     for name, some in sets.items():  # as near as the nearest twentieth of what cannot be a copy
         figures[name]["copies"] = some.mean(nearest[name] < nearest["real"].quantile(0.05))
+    if made is None:
+        return figures
     asked = test.part(torch.isin(test.user, made.user))
     for name, some in (("real", as_many(train, made, seed)), ("generated", made)):
         if len(made.user.unique()) > 1 and len(asked):
@@ -291,10 +321,11 @@ def evaluate(args: argparse.Namespace) -> int:
     side = picture_side(args.real_train, [name for paths in found.values() for name in paths])
     train, test = (read(root, users, side, radar) for root in (args.real_train, args.real_test))
     made = read(args.generated, users, side, radar, generated=True) if args.generated else None
+    coded = read(args.real_test, users, side, radar, through=coding(args.autoencoder)) if args.autoencoder else None
     sets = {"training": train, "held-out": test} | ({"generated": made} if made else {})
     if absent := set(range(len(users))) - set(train.user.tolist()):
         raise UserError(f"{args.real_train}: no readable picture of {users[min(absent)]}")
-    figures = measure(train, test, made, users, args.steps, args.seed)
+    figures = measure(train, test, made, users, args.steps, args.seed, coded)
     counts = {name: len(each) for name, each in sets.items()}
     text = table(figures, counts, len(users))
     plain = {name: {key: value and asdict(value) for key, value in each.items()} for name, each in figures.items()}
