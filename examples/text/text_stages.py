@@ -33,10 +33,10 @@ def quick_shape() -> Shape:
     """8 latents and small networks: minutes on two CPU cores, for the built-in grammar."""
     return Shape(
         AutoencoderConfig(latents=8, width=128, layers=2, max_tokens=24, vocabulary=1000),
-        FlowConfig(hidden_dim=128, num_layers=4, num_heads=4),
+        FlowConfig(hidden_dim=192, num_layers=4, num_heads=4),
         autoencoder_steps=600,
-        flow_steps=1500,
-        training=TrainingConfig(batch_size=64, learning_rate=1e-3, ema_decay=0.99, warmup_steps=100),
+        flow_steps=2500,
+        training=TrainingConfig(batch_size=64, learning_rate=1e-3, ema_decay=0.995, warmup_steps=100),
     )
 
 
