@@ -1,6 +1,6 @@
 """How many samples a second, by one process and by two?
 
-python benchmarks/sample.py --checkpoint checkpoints/digits/stage1_epoch12.pt --num_samples 256 --num_steps 30
+python benchmarks/sample.py --checkpoint checkpoints/digits/stage1_epoch20.pt --num_samples 256 --num_steps 30
 
 Runs sample.py as a user would, alone and under torchrun, in turn; the rate is the one that it prints: solver, decoding
 and writing, without the start. On CUDA two processes need two devices. The share is the network's floating-point

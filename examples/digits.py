@@ -1,9 +1,9 @@
 """Draw ten folders of digits, so that class-conditional generation can be tried without a download.
 
-python examples/digits.py                       # raw_data/digits/0 ... 9, 600 pictures each, 32 px, 20 seconds
+python examples/digits.py                       # raw_data/digits/0 ... 9, 600 pictures each, 32 px, in seconds
 python preprocess_latents.py --config configs/digits.json
 python train.py --config configs/digits.json
-python sample.py --checkpoint checkpoints/digits/stage1_epoch12.pt --num_samples_per_style 8 --output out/digits
+python sample.py --checkpoint checkpoints/digits/stage1_epoch20.pt --num_samples_per_style 8 --output out/digits
 
 Size, slant, turn, place, weight and colours are drawn at random, as a function of (seed, digit, number).
 """
