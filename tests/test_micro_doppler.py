@@ -459,5 +459,8 @@ def test_the_pipeline_stops_at_the_first_command_that_fails(tmp_path):
     done = call(tmp_path, PIPELINE, "--quick", *TINY, "--set", "data.image_size=48")
     refused((done.returncode, done.stdout, done.stderr), "--size 48")
     assert "1/5" in done.stdout and "2/5" not in done.stdout
+    done = call(tmp_path, PIPELINE)  # without the VA-VAE that its config names
+    refused((done.returncode, done.stdout, done.stderr), "models/vavae", "no such file")
+    assert not list(tmp_path.rglob("*.png"))
     done = call(tmp_path, PIPELINE, "--quick", "--held_out", "0")
     refused((done.returncode, done.stdout, done.stderr), "--held_out 0")

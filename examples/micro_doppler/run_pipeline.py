@@ -44,12 +44,22 @@ def commands(args: argparse.Namespace, config_path: Path, config: Config) -> lis
     return [[str(word) for word in words] for words in plan]
 
 
+def check_autoencoder(name: str) -> None:
+    """UserError if it cannot be loaded: better now than after an hour's simulation."""
+    import torch
+
+    from autoencoder import load_autoencoder
+
+    load_autoencoder(name, torch.device("cpu"))
+
+
 def main(args: argparse.Namespace) -> int:
     for name in ("users", "recordings", "held_out"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
     path = args.config or ROOT / "configs" / f"micro_doppler{'_quick' * args.quick}.json"
     config = load_config(path, args.overrides)
+    check_autoencoder(config.autoencoder.name)
     started = time.perf_counter()
     for number, words in enumerate(commands(args, path, config), 1):
         print(f"\n{number}/5  python {shlex.join(words)}")
@@ -63,8 +73,9 @@ def main(args: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Simulate, preprocess, train, sample and evaluate micro-Doppler spectrograms.")
-    parser.add_argument("--quick", action="store_true", help="configs/micro_doppler_quick.json: for two CPU cores")
-    parser.add_argument("--config", type=Path, help="in place of configs/micro_doppler.json")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="configs/micro_doppler_quick.json: for two CPU cores")
+    kind.add_argument("--config", type=Path, help="in place of configs/micro_doppler.json")
     parser.add_argument("--users", type=int, default=5, help="how many people")
     parser.add_argument("--recordings", type=int, default=40, help="walks of each to learn from, of four pictures")
     parser.add_argument("--held_out", type=int, default=10, help="further walks of each to compare with")
