@@ -177,7 +177,7 @@ class DiT(VelocityNetwork):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # Classes begin at deviation 1, nn.Embedding's own, and not at 0.02: short runs tell them apart sooner.
+        # Classes begin at deviation 1, nn.Embedding's own, and not at DiT's 0.02: short runs tell them apart sooner.
         for layer in (self.time.mlp[0], self.time.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:  # the identity at start
