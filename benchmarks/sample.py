@@ -21,8 +21,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train_step import matmul_rate
-
 from checkpoint import load_checkpoint, load_model
 from cli import UserError, add_device_flags, new_parser, run
 from cost import forward_flops
@@ -51,6 +49,8 @@ def main(args: argparse.Namespace) -> int:
     for name in ("num_samples", "batch_size", "num_steps", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    from train_step import matmul_rate  # beside this file
+
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     network = load_model(checkpoint, args.checkpoint, torch.device("cpu"))

@@ -306,7 +306,7 @@ def test_step_benchmark_ends_with_one_json_line():
 
 
 def test_step_benchmark_times_the_network_of_a_config_and_names_its_attention():
-    flags = ["--config", "configs/digits.json", "--set", "model.hidden_dim=32", "--set", "model.num_layers=1"]
+    flags = ["--config", "configs/digits.json", "--set", "model.hidden_dim=48", "--set", "model.num_layers=1"]
     done = call(ROOT, "benchmarks/train_step.py", *flags, "--batch_size", "2", "--latent_size", "8", "--rounds", "2")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
