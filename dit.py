@@ -71,7 +71,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if len(cos):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if x.device.type == "cpu":  # whose BF16 kernel takes four times as long backward as its float32 one
+        if x.device.type == "cpu":  # whose BF16 kernel is several times slower backward, see docs/speed.md
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v.float())
         else:
