@@ -10,18 +10,19 @@ import argparse
 import time
 from pathlib import Path
 
-from cli import UserError, new_parser, run
-from config import Config, load_config
+from isonext.config import Config, load_config
+from isonext.errors import UserError
+from isonext.utils.cli import new_parser, run
 
 
 def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from demo_pictures import draw_folders  # torch takes seconds to import, and --help should not
-    from device import pick_device
-    from preprocessing import preprocess, print_report
-    from processes import refuse_several
-    from trainer import train
+    from isonext.data.demo_pictures import draw_folders
+    from isonext.data.preprocess import preprocess, print_report
+    from isonext.training.trainer import train
+    from isonext.utils.device import pick_device
+    from isonext.utils.distributed import refuse_several
 
     refuse_several("demo.py")
     started = time.perf_counter()
@@ -54,12 +55,12 @@ def main(args: argparse.Namespace) -> int:
 
 def measure(config: Config, pictures: Path, output: Path) -> tuple[str, list[Path]]:
     """The report on the last checkpoint as text, and the sheets and curves that it leaves in `output`."""
-    from checkpoint import epoch_checkpoints
-    from device import pick_device
-    from logbook import plot_losses
-    from pipeline import load_pipeline, transfer_settings
-    from report import report_text, write_report
-    from ruler import Ruler, encode_styles, load_styles
+    from isonext.checkpoint import epoch_checkpoints
+    from isonext.evaluation.evaluator import Ruler, encode_styles, load_styles
+    from isonext.evaluation.report import report_text, write_report
+    from isonext.pipeline import load_pipeline, transfer_settings
+    from isonext.training.log import plot_losses
+    from isonext.utils.device import pick_device
 
     checkpoints = epoch_checkpoints(Path(config.checkpoint.save_dir))
     if not checkpoints:

@@ -9,7 +9,7 @@ of the same name are the same picture in every style.
 import argparse
 from pathlib import Path
 
-from cli import add_device_flags, new_parser, run
+from isonext.utils.cli import add_device_flags, new_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from evaluation import evaluate  # torch takes seconds to import, and --help should not
+    from isonext.evaluation.sweep import evaluate
 
     return evaluate(args)
 

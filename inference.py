@@ -11,8 +11,9 @@ original (--restore) without the input.
 import argparse
 from pathlib import Path
 
-from cli import UserError, add_device_flags, new_parser, run
-from config import OF_THE_LEGS, SETTINGS, InferenceConfig
+from isonext.config import OF_THE_LEGS, SETTINGS, InferenceConfig
+from isonext.errors import UserError
+from isonext.utils.cli import add_device_flags, new_parser, run
 
 OF_A_PICTURE = (
     *("input", "source_style", "save_structure", "min_structure", "strength", "size", "config", "overrides"),
@@ -108,9 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     order = check_flags(args)
-    import orders  # torch takes seconds to import: not before the flags are known to be good
+    from isonext.inference import jobs  # torch takes seconds to import: not before the flags are known to be good
 
-    return getattr(orders, order)(args)
+    return getattr(jobs, order)(args)
 
 
 if __name__ == "__main__":

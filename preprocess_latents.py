@@ -8,8 +8,8 @@ Run again after a kill it goes on where it was; after pictures came, went or cha
 import argparse
 from pathlib import Path
 
-from cli import add_device_flags, new_parser, run
-from config import load_config
+from isonext.config import load_config
+from isonext.utils.cli import add_device_flags, new_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from device import pick_device  # torch takes seconds to import, and --help should not
-    from preprocessing import preprocess, print_report
+    from isonext.data.preprocess import preprocess, print_report
+    from isonext.utils.device import pick_device
 
     flags = {
         "data.image_size": args.target_size,

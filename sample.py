@@ -11,8 +11,9 @@ and many (torchrun) write the same files. A second run makes only what is missin
 import argparse
 from pathlib import Path
 
-from cli import UserError, add_device_flags, new_parser, run
-from config import InferenceConfig
+from isonext.config import InferenceConfig
+from isonext.errors import UserError
+from isonext.utils.cli import add_device_flags, new_parser, run
 
 METHODS = tuple(
     name for name in InferenceConfig.__dataclass_fields__["method"].metadata["choices"] if name != "flowedit"
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     check_flags(args)
-    import sampling  # torch takes seconds to import: not before the flags are known to be good
+    from isonext.inference import sampling
 
     return sampling.sample(args)
 

@@ -5,7 +5,7 @@ python test_model.py        # within a minute on a CPU; exit status 1 if a check
 
 import argparse
 
-from cli import add_device_flags, new_parser, run
+from isonext.utils.cli import add_device_flags, new_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,8 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from device import pick_device  # torch takes seconds to import, and --help should not
-    from smoke import smoke
+    from isonext.evaluation.self_check import smoke
+    from isonext.utils.device import pick_device
 
     return smoke(pick_device(args.device))
 

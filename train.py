@@ -10,8 +10,9 @@ Randomness is a function of (seed, step): stopping and going on changes nothing.
 
 import argparse
 
-from cli import UserError, new_parser, run
-from config import load_config
+from isonext.config import load_config
+from isonext.errors import UserError
+from isonext.utils.cli import new_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,13 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     if args.plan:
-        from plan import print_plan
+        from isonext.training.memory_plan import print_plan
 
         print_plan(load_config(args.config, args.overrides), args.vram)
         return 0
     if args.vram is not None:
         raise UserError("--vram is of --plan: python train.py --plan --vram 8")
-    from trainer import train  # torch takes seconds to import, and --help should not
+    from isonext.training.trainer import train
 
     trainer = train(load_config(args.config, args.overrides), args.resume, args.init)
     return 0 if trainer.step == trainer.total_steps else 130

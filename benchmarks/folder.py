@@ -9,20 +9,17 @@ legs, decoding, writing), in turn, with the same compiled network. The last line
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from album import Job, find_jobs, load_batches
-from cli import add_device_flags, new_parser, run
-from device import device_name, pick_device
-from pipeline import load_pipeline, transfer_settings
-from studio import Plan, Target, work_off
+from isonext.inference.batch import Plan, Target, work_off
+from isonext.inference.inputs import Job, find_jobs, load_batches
+from isonext.pipeline import load_pipeline, transfer_settings
+from isonext.utils.cli import add_device_flags, new_parser, run
+from isonext.utils.device import device_name, pick_device
 
 
 def main(args: argparse.Namespace) -> int:

@@ -23,11 +23,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from checkpoint import epoch_checkpoints, load_checkpoint
-from cli import new_parser, run
-from logbook import read_metrics
+from isonext.checkpoint import epoch_checkpoints, load_checkpoint
+from isonext.training.log import read_metrics
+from isonext.utils.cli import new_parser, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTING = {

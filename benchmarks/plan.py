@@ -13,22 +13,19 @@ import copy
 import functools
 import gc
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cli import UserError, add_device_flags, new_parser, run
-from config import TrainingConfig
-from cost import footprint
-from device import autocast, device_name, has_bf16, pick_device
-from flow import flow_loss
+from isonext.config import TrainingConfig
+from isonext.errors import UserError
+from isonext.flow.loss import flow_loss
+from isonext.models.cost import footprint
+from isonext.training.optim import make_optimizer
+from isonext.utils.cli import add_device_flags, new_parser, run
+from isonext.utils.device import autocast, device_name, has_bf16, pick_device
 from model import IsoNext, count_parameters
-from optimizer import make_optimizer
 
 MIB = 2**20
 SIZES = ["64x3x16x16", "128x6x32x8", "192x8x16x16", "256x4x32x4"]

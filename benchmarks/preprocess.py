@@ -10,7 +10,6 @@ NCHW and in NHWC memory, and under BF16 autocast where the device has it. The la
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,14 +22,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import images
-from autoencoder import load_autoencoder
-from cli import add_device_flags, new_parser, run
-from config import Config
-from device import autocast, device_name, has_bf16, pick_device
-from preprocessing import BATCH, encode
+from isonext.config import Config
+from isonext.data import images
+from isonext.data.autoencoder import load_autoencoder
+from isonext.data.preprocess import BATCH, encode
+from isonext.utils.cli import add_device_flags, new_parser, run
+from isonext.utils.device import autocast, device_name, has_bf16, pick_device
 
 
 def draw(folder: Path, count: int, size: int) -> list[Path]:

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from checkpoint import load_checkpoint, load_model
-from cli import UserError, add_device_flags, new_parser, run
-from cost import forward_flops
-from device import device_name, pick_device
+from isonext.checkpoint import load_checkpoint, load_model
+from isonext.errors import UserError
+from isonext.models.cost import forward_flops
+from isonext.utils.cli import add_device_flags, new_parser, run
+from isonext.utils.device import device_name, pick_device
 
 SAMPLE = Path(__file__).resolve().parents[1] / "sample.py"
 

@@ -17,7 +17,6 @@ Then the same transfer error of `alf` for other time grids. Times are of one run
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,16 +25,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import images
-from cli import UserError, add_device_flags, new_parser, run
-from device import allow_tf32, device_name, pick_device
-from metrics import psnr
-from pipeline import Pipeline, load_pipeline
-from solvers import LatticeState
-from structure import Certificate
-from transfers import TransferSettings, latents_of
+from isonext.data import images
+from isonext.errors import UserError
+from isonext.evaluation.metrics import psnr
+from isonext.flow.certificate import Certificate
+from isonext.flow.solvers import LatticeState
+from isonext.flow.transfer import TransferSettings, latents_of
+from isonext.pipeline import Pipeline, load_pipeline
+from isonext.utils.cli import add_device_flags, new_parser, run
+from isonext.utils.device import allow_tf32, device_name, pick_device
 
 METHODS = ("alf", "euler", "midpoint", "heun", "rk4", "euler+fixed_point", "rk4+fixed_point")
 GRIDS = ("uniform", "cosine", "uniform:0.25", "uniform:0.5", "uniform:2", "uniform:4")

@@ -14,29 +14,26 @@ copy. The last line is JSON.
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from checkpoint import EMA, network_of
-from cli import UserError, add_device_flags, new_parser, run
-from config import Config, ModelConfig, TrainingConfig, load_config
-from cost import step_flops
-from device import allow_tf32, autocast, device_name, has_bf16, pick_device
-from flow import flow_loss
-from latents import LatentSpec
+from isonext.checkpoint import EMA, network_of
+from isonext.config import Config, ModelConfig, TrainingConfig, load_config
+from isonext.data.store import LatentSpec
+from isonext.errors import UserError
+from isonext.flow.loss import flow_loss
+from isonext.models.cost import step_flops
+from isonext.training.optim import make_optimizer
+from isonext.utils.cli import add_device_flags, new_parser, run
+from isonext.utils.device import allow_tf32, autocast, device_name, has_bf16, pick_device
 from model import VelocityNetwork, count_parameters
-from optimizer import make_optimizer
 
 
 @dataclass

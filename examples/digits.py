@@ -10,16 +10,14 @@ Size, slant, turn, place, weight and colours are drawn at random, as a function 
 
 import argparse
 import math
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie flat in its root
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import UserError, new_parser, run
-from files import written_whole
+from isonext.errors import UserError
+from isonext.utils.cli import new_parser, run
+from isonext.utils.io import written_whole
 
 OVER = 4  # drawn this many times larger, then reduced: smooth edges
 

@@ -3,8 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from base import Base
-from checkpoint import (
+from isonext.checkpoint import (
     EMA,
     INTERRUPTED,
     Checkpoint,
@@ -15,8 +14,9 @@ from checkpoint import (
     load_weights,
     newest_checkpoint,
 )
-from cli import UserError
-from latents import LatentSpec
+from isonext.data.store import LatentSpec
+from isonext.errors import UserError
+from isonext.flow.base import Base
 
 BASE = Base(0.8, 2, torch.ones(2, 12), torch.ones(2, 12), torch.ones(12, 2, 2))
 SPEC = LatentSpec("dct:f4c12", 12, 4, 16, ["ink", "oil"], mean=[0.5] * 12, std=[2.0] * 12)

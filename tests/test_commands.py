@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, ROOT, call, refused
 from PIL import Image
 
-from autoencoder import load_autoencoder
-from transfers import METHODS
+from helpers import CHECKPOINT, ROOT, call, refused
+from isonext.data.autoencoder import load_autoencoder
+from isonext.flow.transfer import METHODS
 
 TRANSFER = ("--checkpoint", CHECKPOINT, "--source_style", "0", "--target_style", "1", "--num_steps", "2")
 

@@ -3,16 +3,15 @@ import json
 import math
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
-from config import ONLY_OF, Config, apply_overrides, config_from_dict, config_to_dict, load_config
+from helpers import ROOT
+from isonext.config import ONLY_OF, Config, apply_overrides, config_from_dict, config_to_dict, load_config
+from isonext.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 SECTIONS = {entry.name: entry.type for entry in dataclasses.fields(Config)}
 KEYS = {f"{name}.{key.name}": key for name, kind in SECTIONS.items() for key in dataclasses.fields(kind)}
 HINTS = {f"{name}.{key}": hint for name, kind in SECTIONS.items() for key, hint in typing.get_type_hints(kind).items()}

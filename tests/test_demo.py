@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_commands import ROOT, call
 
-from demo_pictures import STYLES, draw_folders, draw_scene
-from images import to_bytes, to_pixels
-from metrics import ssim
+from helpers import ROOT, call
+from isonext.data.demo_pictures import STYLES, draw_folders, draw_scene
+from isonext.data.images import to_bytes, to_pixels
+from isonext.evaluation.metrics import ssim
 
 
 def drawn(seed: int, style: str) -> torch.Tensor:

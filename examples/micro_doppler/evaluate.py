@@ -8,12 +8,9 @@ the best that can be generated. Prints a table; writes it as report.md beside re
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # cli.py and the other modules of the root
-
-from cli import new_parser, run
+from isonext.utils.cli import new_parser, run
 
 
 def main(args: argparse.Namespace) -> int:

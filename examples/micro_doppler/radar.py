@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
-from walker import Body
 
-from cli import UserError
+from isonext.errors import UserError
+from walker import Body
 
 Array = NDArray[np.float64]
 

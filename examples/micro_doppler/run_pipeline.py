@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # cli.py and the other modules of the root
-
-from cli import UserError, new_parser, run
-from config import Config, load_config
+from isonext.config import Config, load_config
+from isonext.errors import UserError
+from isonext.utils.cli import new_parser, run
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = 4  # of a recording
@@ -48,7 +47,7 @@ def check_autoencoder(name: str) -> None:
     """UserError if it cannot be loaded: better now than after an hour's simulation."""
     import torch
 
-    from autoencoder import load_autoencoder
+    from isonext.data.autoencoder import load_autoencoder
 
     load_autoencoder(name, torch.device("cpu"))
 

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from radar import RANGE_DB, SIZES, Radar, from_rgb, ridge_speeds, step_rate
 from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import images
-from autoencoder import load_autoencoder
-from cli import UserError
-from files import natural_order, written_whole
-from metrics import Estimate, bootstrap, nearest_distance
+from isonext.data import images
+from isonext.data.autoencoder import load_autoencoder
+from isonext.errors import UserError
+from isonext.evaluation.metrics import Estimate, bootstrap, nearest_distance
+from isonext.utils.io import natural_order, written_whole
+from radar import RANGE_DB, SIZES, Radar, from_rgb, ridge_speeds, step_rate
 
 SIDE = 64  # pixels a side that classifiers and distances see
 Figure = Estimate | None

@@ -9,18 +9,15 @@ Everything is a function of (seed, user, recording); users.json beside the folde
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # cli.py and the other modules of the root
-
+from isonext.errors import UserError
+from isonext.utils.cli import new_parser, run
 from radar import CELLS, PICTURE_S, RADAR_HEIGHT_M, SIZES, Radar, decibels, echo, reduced, spectrogram, to_rgb
 from walker import Array, Body, Gait, walk
-
-from cli import UserError, new_parser, run
 
 EQUAL = {"height_m": 1.75, "speed_mps": 1.25, "stride": 1.0}  # with --equal_gait
 HOP_S = 1.0  # between the pictures of a recording: they share two of their three seconds
@@ -124,7 +121,7 @@ def check(args: argparse.Namespace) -> Radar:
 
 def write_users(folder: Path, args: argparse.Namespace, users: dict[str, Gait]) -> None:
     """users.json. Where one of other settings lies, its pictures would mix with the new ones: an error."""
-    from files import written_whole
+    from isonext.utils.io import written_whole
 
     kept = ("seed", "size", "pictures_per_recording", "equal_gait", "prf", "carrier_ghz", "users", "recordings",
             "held_out")  # fmt: skip
@@ -141,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from images import save_picture  # torch takes seconds to import, and --help should not
+    from isonext.data.images import save_picture
 
     radar = check(args)
     users = {f"user{number}": draw_user(args.seed, number, args.equal_gait) for number in range(1, args.users + 1)}

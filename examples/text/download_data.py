@@ -13,16 +13,13 @@ import json
 import logging
 import os
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# A script's folder is on the path, the project's root is not: the core's modules lie there.
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
-
-from cli import UserError, new_parser, run
-from text_records import texts_of
+from isonext.errors import UserError
+from isonext.utils.cli import new_parser, run
+from textflow.records import texts_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Remote:
     repo: str
     config: str | None
     splits: dict[str, str]  # ours -> theirs
-    dataset: str  # how its records are read, see text_records.py
+    dataset: str  # how its records are read, see textflow/records.py
     file: str | None = None  # the one file of the repository that is wanted, where not all are
 
 
@@ -83,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 
 def fetch(remote: Remote, split: str, path: Path, args: argparse.Namespace) -> int:
     """One split to a file of {"text"} lines, whole or not at all; returns their number."""
-    from files import written_whole
+    from isonext.utils.io import written_whole
 
     records = itertools.islice(_chosen(_records(remote, split, args.streaming), args.subset_fraction), args.max_samples)
     count = 0
@@ -120,7 +117,7 @@ def _chosen(records: Iterator[dict], fraction: float) -> Iterator[dict]:
 
 def write_data_config(root: Path) -> Path:
     """A data config of every data set that lies under `root`."""
-    from files import written_whole
+    from isonext.utils.io import written_whole
 
     sources = []
     for name in REMOTES:

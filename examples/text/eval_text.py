@@ -9,14 +9,11 @@ A file is a JSON list of {"id", "reference", "prediction"}. All figures are per 
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
-# A script's folder is on the path, the project's root is not: the core's modules lie there.
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
-
-from cli import UserError, new_parser, run
-from text_metrics import METRICS
+from isonext.errors import UserError
+from isonext.utils.cli import new_parser, run
+from textflow.metrics import METRICS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_predictions(path: str) -> tuple[list[str], list[str]]:
     """References and predictions of a file; anything that cannot be scored is an error that says where."""
-    from text_records import read_utf8
+    from textflow.records import read_utf8
 
     try:
         entries = json.loads(read_utf8(Path(path)))
@@ -55,14 +52,14 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--metrics {unknown[0]}: not one of {', '.join(METRICS)}")
     files = {path: read_predictions(path) for path in args.predictions}
     try:
-        from text_metrics import score
+        from textflow.metrics import score
 
         results = {path: score(*pairs, args.metrics) for path, pairs in files.items()}
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements-text.txt") from None
     print(table(results))
     if args.output_json:
-        from files import written_whole
+        from isonext.utils.io import written_whole
 
         tree = {
             path: {"sentences": len(files[path][0])} | {name: dataclasses.asdict(s) for name, s in scores.items()}

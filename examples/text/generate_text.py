@@ -13,13 +13,9 @@ but a class.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-# A script's folder is on the path, the project's root is not: the core's modules lie there.
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
-
-from cli import UserError, add_device_flags, new_parser, run
+from isonext.errors import UserError
+from isonext.utils.cli import add_device_flags, new_parser, run
 
 MODES = ("reconstruct", "denoise", "roundtrip", "sample")
 
@@ -56,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--class_name is of --mode sample; in {args.mode} the references have classes")
     if args.without and not args.checkpoint:
         raise UserError("--without needs a --checkpoint, whose head has the parts")
-    from text_writing import write_predictions  # torch takes seconds to import, and --help should not
+    from textflow.writing import write_predictions
 
     write_predictions(args)
 

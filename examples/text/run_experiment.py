@@ -8,13 +8,10 @@ back to. What is there already is not done again: a run that was stopped goes on
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-# A script's folder is on the path, the project's root is not: the core's modules lie there.
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
-
-from cli import UserError, add_device_flags, new_parser, run
+from isonext.errors import UserError
+from isonext.utils.cli import add_device_flags, new_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,8 +30,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--seeds {args.seeds}: must be 1 or more")
     if not 0 <= args.t_start <= 1:
         raise UserError(f"--t_start {args.t_start}: must be from 0 to 1")
-    from device import allow_tf32, pick_device
-    from text_experiment import experiment, quick_plan, whole_plan  # torch takes seconds to import
+    from isonext.utils.device import allow_tf32, pick_device
+    from textflow.experiment import experiment, quick_plan, whole_plan
 
     device = pick_device(args.device)
     allow_tf32(True)

@@ -7,13 +7,9 @@ A stage whose file is there already is not trained again; one that was stopped g
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-# A script's folder is on the path, the project's root is not: the core's modules lie there.
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
-
-from cli import UserError, add_device_flags, new_parser, run
+from isonext.errors import UserError
+from isonext.utils.cli import add_device_flags, new_parser, run
 
 STAGES = ("autoencoder", "flow", "head", "all")
 
@@ -60,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more")
     if not args.lr > 0:
         raise UserError(f"--lr {args.lr}: must be above 0")
-    from text_run import train  # torch takes seconds to import, and --help should not
+    from textflow.run import train
 
     train(args)
 

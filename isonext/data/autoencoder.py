@@ -1,0 +1,192 @@
+"""Picture tensor <-> latent: the VAEs of diffusers, and the built-in block-DCT that needs no weights.
+
+The VAEs are folders of diffusers or single files (`ldm_checkpoint.py`).
+
+Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), and
+
+    encode: pixels (B, 3, H, W) in [-1, 1], sides divisible by factor -> latents (B, channels, H / factor, W / factor)
+    decode: the way back, not clipped
+
+Latents here are the autoencoder's own, with its shift and scale applied; `store.py` standardises them.
+"""
+
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isonext.data import ldm_checkpoint
+from isonext.errors import UserError
+from isonext.utils.device import autocast
+
+WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
+
+
+def load_autoencoder(name: str, device: torch.device) -> nn.Module:
+    """A hub id or local folder of an AutoencoderKL or AutoencoderTiny, a checkpoint file, `dct`, or `dct:f4c12`."""
+    if name == "dct" or name.startswith("dct:"):
+        return DctCodec(name).to(device)
+    return DiffusersAutoencoder(name, device)
+
+
+class DiffusersAutoencoder(nn.Module):
+    """A pretrained VAE; encodes to the posterior mean. BF16 on CUDA, float32 elsewhere."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.device = name, device
+        self.vae = _load_vae(name).to(device).eval().requires_grad_(False)
+        self.vae.encoder.to(memory_format=torch.channels_last)  # 1.3 to 1.7 times as fast: benchmarks/preprocess.py
+        self.channels = self.vae.config.latent_channels
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.scale = self.vae.config.scaling_factor
+        self.shift = self.vae.config.get("shift_factor") or 0.0
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        with autocast(self.device, self.device.type == "cuda"):
+            encoded = self.vae.encode(pixels)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return ((latents.float() - self.shift) * self.scale).contiguous()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        with autocast(self.device, self.device.type == "cuda"):
+            return self.vae.decode(latents / self.scale + self.shift).sample.float()
+
+
+def _load_vae(name: str) -> nn.Module:
+    if ldm_checkpoint.is_checkpoint(name):
+        return ldm_checkpoint.load_checkpoint(name)
+    import diffusers  # seconds to import, so only where it is used
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # without a network it would tell of every retry; the one line below tells the rest
+    classes = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # of its own use by diffusers
+    try:
+        class_name = diffusers.AutoencoderKL.load_config(name).get("_class_name")
+        if class_name not in classes:
+            raise ValueError(f"its class is {class_name}, not one of {', '.join(classes)}")
+        vae, loading = classes[class_name].from_pretrained(name, output_loading_info=True)
+        if loading["missing_keys"]:  # diffusers would leave these random
+            raise ValueError(f"{len(loading['missing_keys'])} weights are missing, e.g. {loading['missing_keys'][0]}")
+        return vae
+    except Exception as error:  # diffusers lets many types out of a broken folder; the answer is the same
+        if Path(name).exists():
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"autoencoder {name}: this folder does not load ({reason}); {WAYS_OUT}") from None
+        raise UserError(
+            f"autoencoder {name}: no such local folder, not in the cache, and the hub was not reached; {WAYS_OUT}"
+        ) from None
+
+
+#################################################################################
+#                                 Large pictures                                #
+#################################################################################
+
+
+def tiled(work: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, ratio: Fraction) -> Tensor:
+    """`work` on overlapping square tiles of x (B, C, H, W), blended by linear ramps within the overlaps, in float32.
+
+    `work` multiplies the sides by `ratio`, which must make whole numbers of H, W, tile and overlap. Sides in cells of
+    x. (What diffusers has for this takes four latent channels for granted in one of its two autoencoders.)
+    """
+    size = x.shape[-2:]
+    spans = [_spans(length, tile, overlap) for length in size]
+    total, weight = None, None
+    for (top, bottom), (left, right) in itertools.product(*spans):
+        part = work(x[..., top:bottom, left:right]).float()
+        if total is None:
+            total = part.new_zeros(*part.shape[:2], *(int(side * ratio) for side in size))
+            weight = total[:1, :1].clone()
+        place = [slice(int(a * ratio), int(b * ratio)) for a, b in ((top, bottom), (left, right))]
+        ramps = [
+            _ramp(a > 0, b < length, int(overlap * ratio), part.shape[axis])
+            for (a, b), length, axis in zip(((top, bottom), (left, right)), size, (2, 3), strict=True)
+        ]
+        mask = (ramps[0][:, None] * ramps[1]).to(part)
+        total[..., place[0], place[1]] += mask * part
+        weight[..., place[0], place[1]] += mask
+    return total / weight
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Tiles of one axis: equally long, the last one moved back to end with the axis."""
+    if length <= tile:
+        return [(0, length)]
+    starts = [*range(0, length - tile, tile - overlap), length - tile]
+    return [(start, start + tile) for start in starts]
+
+
+def _ramp(before: bool, after: bool, overlap: int, length: int) -> Tensor:
+    """Weights (length,) of a tile: 1, falling to 0 over the middle quarter of the overlap where it has a neighbour.
+
+    What lies further out does not count at all: there a convolution has seen the tile's edge instead of the picture.
+    """
+    rise = (((torch.arange(length) + 0.5) - overlap * 3 / 8) / (overlap / 4)).clamp_min(0)
+    weight = torch.ones(length)
+    if before:
+        weight = weight.minimum(rise)
+    return weight.minimum(rise.flip(0)) if after else weight
+
+
+#################################################################################
+#                               The built-in codec                              #
+#################################################################################
+
+
+class DctCodec(nn.Module):
+    """`dct:f{f}c{c}`: an orthonormal f x f block DCT of YCbCr that keeps the c strongest of its 3 f^2 coefficients.
+
+    "Strongest" is fixed beforehand, by the variances that the coefficients of natural pictures have under the usual
+    model (a first-order Markov field of correlation 0.95, colour far weaker than brightness), so that a latent channel
+    always means the same thing. At c = 3 f^2 nothing is lost; below, what is dropped is fine detail.
+    """
+
+    COLOUR_ENERGY = (1.0, 0.02, 0.02)  # Y, Cb, Cr: colour carries a few hundredths of the energy of pictures
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        spec = re.fullmatch(r"dct(?::f(\d+)c(\d+))?", name)
+        if not spec:
+            raise UserError(f"autoencoder {name}: the built-in codec is written dct or dct:f4c12")
+        self.factor, self.channels = int(spec[1] or 4), int(spec[2] or 12)
+        if not (1 <= self.factor <= 64 and 1 <= self.channels <= 3 * self.factor**2):
+            raise UserError(f"autoencoder {name}: f must be 1 to 64 and c 1 to 3 f^2 = {3 * self.factor**2}")
+        self.name = f"dct:f{self.factor}c{self.channels}"
+        analysis, synthesis = _dct_kernels(self.factor, self.channels, self.COLOUR_ENERGY)
+        self.register_buffer("analysis", analysis)
+        self.register_buffer("synthesis", synthesis)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return F.conv2d(pixels, self.analysis, stride=self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.conv_transpose2d(latents, self.synthesis, stride=self.factor)
+
+
+def _dct_kernels(factor: int, channels: int, colour_energy: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(channels, 3, f, f) kernels that take RGB to the kept coefficients, and those back to RGB."""
+    n = torch.arange(factor, dtype=torch.float64)
+    basis = torch.cos(math.pi / factor * (n[None] + 0.5) * n[:, None]) * math.sqrt(2 / factor)  # row u: frequency u
+    basis[0] /= math.sqrt(2)
+    correlation = 0.95 ** (n[:, None] - n[None]).abs()
+    variance = (basis @ correlation @ basis.T).diagonal()
+    energy = torch.einsum("k,u,v->kuv", torch.tensor(colour_energy, dtype=torch.float64), variance, variance)
+    # Equal energies, such as those of (u, v) and (v, u), must not be ordered by the last bit of somebody's BLAS.
+    kept = (energy / energy.max()).round(decimals=9).flatten().argsort(descending=True, stable=True)[:channels]
+    to_ycbcr = torch.tensor(  # ITU-R BT.601, full range, on pixels around zero
+        [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=torch.float64
+    )
+    blocks = torch.einsum("ui,vj->uvij", basis, basis)
+    analysis = torch.einsum("kr,uvij->kuvrij", to_ycbcr, blocks).flatten(0, 2)[kept]
+    synthesis = torch.einsum("rk,uvij->kuvrij", to_ycbcr.inverse(), blocks).flatten(0, 2)[kept]
+    return analysis.float().contiguous(), synthesis.float().contiguous()

@@ -1,0 +1,166 @@
+"""A checkpoint file of latent diffusion's AutoencoderKL, or of VA-VAE, which is laid out alike, as diffusers' model.
+
+What the file means is read off it: channels, levels, blocks and where attention lies, from the names and shapes of
+its weights. diffusers' own conversion wants a config beside the file and knows of no attention but the middle one's.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from isonext.errors import UserError
+from isonext.utils.io import load_data
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+SUFFIXES = (".pt", ".ckpt", ".safetensors")
+
+# What training leaves beside the autoencoder: its loss with the discriminator; VA-VAE's frozen foundation model and the
+# projection to its features; the counters of an average whose weights have taken the place of the others.
+IGNORED = ("loss.", "foundation_model.", "linear_proj.")
+IGNORED_KEYS = ("model_ema.decay", "model_ema.num_updates")
+
+ADVICE = "give a whole checkpoint of a latent-diffusion AutoencoderKL or VA-VAE, or the folder of a diffusers one"
+GROUPS = 32  # of every GroupNorm, in all of them; the only figure that the weights do not tell
+
+# Parts of a name in diffusers, and in latent diffusion. The levels of the decoder are numbered from the other end.
+NAMES = {
+    r"down_blocks\.(\d+)\.downsamplers\.0": r"down.\1.downsample",
+    r"down_blocks\.(\d+)\.resnets": r"down.\1.block",
+    r"down_blocks\.(\d+)\.attentions": r"down.\1.attn",
+    r"up_blocks\.(\d+)\.upsamplers\.0": r"up.\1.upsample",
+    r"up_blocks\.(\d+)\.resnets": r"up.\1.block",
+    r"up_blocks\.(\d+)\.attentions": r"up.\1.attn",
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.attentions\.0": "mid.attn_1",
+    r"conv_norm_out": "norm_out",
+    r"conv_shortcut": "nin_shortcut",
+    r"group_norm": "norm",
+    r"to_out\.0": "proj_out",
+    r"to_([qkv])": r"\1",
+}
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether an autoencoder's name means a checkpoint file, be it there or not."""
+    path = Path(name)
+    return path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
+
+
+def load_checkpoint(path: str | Path) -> "AutoencoderKL":
+    """The model in a checkpoint file, in float32. An unreadable file is a UserError, and so is all that `build` finds.
+
+    A file of weights alone, or one with them under `state_dict`; nothing in it is run.
+    """
+    if not Path(path).exists():
+        raise UserError(f"autoencoder {path}: no such file; {ADVICE}")
+    if Path(path).suffix == ".safetensors":
+        return build(_read_safetensors(Path(path)), path)
+    tree = load_data(path, "VAE checkpoint", foreign=True)
+    weights = tree.get("state_dict", tree) if isinstance(tree, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(f"autoencoder {path}: holds no weights by name; {ADVICE}")
+    return build(weights, path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged, or not a VAE checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def build(weights: dict[str, Tensor], path: str | Path) -> "AutoencoderKL":
+    """diffusers' AutoencoderKL with these weights, which latent diffusion's names go by; `path` is for the errors.
+
+    Its scale is 1 and its shift 0, whatever the file was trained for: the store standardises each channel. A weight
+    that is missing, of another shape or not known is a UserError that names it.
+    """
+    from diffusers import AutoencoderKL  # seconds to import, so only where it is used
+
+    weights = {str(key): value for key, value in weights.items() if not _is_ignored(str(key))}
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"autoencoder {path}: {key} is no weight; {ADVICE}")
+    config = read_architecture(weights, path)
+    with torch.device("meta"):  # the weights below take the place of random ones, which would take seconds to draw
+        vae = AutoencoderKL(**config)
+    state = vae.state_dict()
+    keys = {ldm_name(key, len(config["block_out_channels"])): key for key in state}
+    _check_names(keys, weights, path)
+    converted = {key: _shaped(weights[name], state[key].shape, name, path) for name, key in keys.items()}
+    vae.load_state_dict(converted, assign=True)
+    return vae
+
+
+def read_architecture(weights: dict[str, Tensor], path: str | Path) -> dict:
+    """The arguments of diffusers' AutoencoderKL, from the names and shapes of the weights."""
+    levels = _count(weights, r"encoder\.down\.(\d+)\.")
+    widths = [_width(weights, f"encoder.down.{level}.block.0.conv2.bias", path) for level in range(max(levels, 1))]
+    if any(width % GROUPS for width in widths):
+        raise UserError(f"autoencoder {path}: {widths} channels by level are not multiples of {GROUPS}; {ADVICE}")
+
+    def attends(part: str, level: int) -> bool:
+        return any(key.startswith(f"{part}.{level}.attn.") for key in weights)
+
+    down = ["AttnDownEncoderBlock2D" if attends("encoder.down", i) else "DownEncoderBlock2D" for i in range(levels)]
+    up = ["AttnUpDecoderBlock2D" if attends("decoder.up", i) else "UpDecoderBlock2D" for i in range(levels)]
+    return {
+        "block_out_channels": widths,
+        "layers_per_block": _count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
+        "down_block_types": down,
+        "up_block_types": up[::-1],
+        "latent_channels": _width(weights, "post_quant_conv.bias", path),
+        "norm_num_groups": GROUPS,
+        "scaling_factor": 1.0,
+    }
+
+
+def ldm_name(key: str, levels: int) -> str:
+    """Latent diffusion's name of the weight that diffusers calls `key`, in a model of so many levels."""
+    key = re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), key)
+    for pattern, name in NAMES.items():
+        key = re.sub(rf"(?<=\.){pattern}(?=\.)", name, key)
+    return key
+
+
+def _is_ignored(key: str) -> bool:
+    return key.startswith(IGNORED) or key in IGNORED_KEYS
+
+
+def _count(weights: dict[str, Tensor], pattern: str) -> int:
+    """How many numbers stand in this place of the names."""
+    return len({found[1] for found in (re.match(pattern, key) for key in weights) if found})
+
+
+def _width(weights: dict[str, Tensor], bias: str, path: str | Path) -> int:
+    """Channels that come out of the layer with this bias."""
+    if bias not in weights:
+        raise UserError(f"autoencoder {path}: the weight {bias} is missing; {ADVICE}")
+    return weights[bias].numel()
+
+
+def _check_names(known: dict[str, str], weights: dict[str, Tensor], path: str | Path) -> None:
+    missing = [name for name in known if name not in weights]
+    extra = [key for key in weights if key not in known]
+    for names, one, more in ((missing, "is missing", "are missing"), (extra, "is unknown", "are unknown")):
+        if names:
+            found = (
+                f"the weight {names[0]} {one}" if len(names) == 1 else f"{len(names)} weights {more}, e.g. {names[0]}"
+            )
+            raise UserError(f"autoencoder {path}: {found}; {ADVICE}")
+
+
+def _shaped(weight: Tensor, shape: torch.Size, name: str, path: str | Path) -> Tensor:
+    """In float32; attention's 1x1 convolutions become the matrices they are."""
+    if weight.shape not in (shape, (*shape, 1, 1)):
+        raise UserError(f"autoencoder {path}: {name} has the shape {list(weight.shape)}, not {list(shape)}; {ADVICE}")
+    return weight.reshape(shape).float()

@@ -1,0 +1,157 @@
+"""The latent store on disk: one `.pt` a picture, or shards of many, and one `meta.json`; and batches from it.
+
+    data_root/meta.json                 what the latents are, which pictures are held out, their statistics
+    data_root/<style>/<name.jpg>.pt     {"latent": (C, h, w), "flipped": (C, h, w), "source": [bytes, mtime_ns]}
+    data_root/latents-00000.safetensors, ...    instead of those, see shards.py
+
+In meta.json a picture's entry is called `<style>/<name.jpg>.pt` either way. Files hold the autoencoder's raw latents;
+the network sees them standardised per channel with the mean and deviation of the training split, which travel with
+the checkpoint as part of its `LatentSpec`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from isonext.data.shards import shard_paths
+from isonext.errors import UserError
+from isonext.utils.io import load_data, written_whole
+
+FORMAT = 1
+
+
+@dataclass
+class LatentSpec:
+    """What a model's latents are: the autoencoder they come from, their scale, and the meaning of each style id."""
+
+    autoencoder: str
+    channels: int
+    factor: int  # pixels a latent cell
+    image_size: int  # side of the training squares, pixels
+    styles: list[str]  # in id order
+    mean: list[float] = field(default_factory=list)  # per channel, of the training split
+    std: list[float] = field(default_factory=list)
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """The sides of a latent, in cells."""
+        return (self.image_size // self.factor,) * 2
+
+    def standardise(self, latents: Tensor) -> Tensor:
+        """Raw (B, C, *space) -> mean 0, deviation 1 per channel."""
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def restore(self, latents: Tensor) -> Tensor:
+        """The inverse of `standardise`."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        ones = [1] * (like.ndim - 2)
+        return tuple(torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std))
+
+    def style_id(self, style: str) -> int:
+        """The id of a style given by name, or by id as text."""
+        if style in self.styles:
+            return self.styles.index(style)
+        if style.isdecimal() and int(style) < len(self.styles):
+            return int(style)
+        known = ", ".join(f"{number} = {name}" for number, name in enumerate(self.styles))
+        raise UserError(f"style {style!r} does not exist; there are: {known}")
+
+
+def shown(sides: Iterable[int]) -> str:
+    """Sides for people: 64 x 48."""
+    return " x ".join(map(str, sides))
+
+
+@dataclass
+class StoreMeta:
+    """The contents of meta.json. `complete` is false while preprocessing is under way."""
+
+    latents: LatentSpec
+    flip: bool
+    split: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "val": []})  # "<style>/<name>.pt"
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # pictures by style and split
+    complete: bool = False
+    format: int = FORMAT
+    layout: str = "pt"  # of the files: pt, safetensors, or foreign, for those of another program (external.py)
+
+    def write(self, root: Path) -> None:
+        with written_whole(root / "meta.json") as beside:
+            beside.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+
+
+def read_meta(root: Path) -> StoreMeta | None:
+    """meta.json, or None where there is none; a damaged or foreign one is an error."""
+    path = root / "meta.json"
+    if not path.exists():
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree["format"] != FORMAT:
+            raise UserError(f"{path}: store format {tree['format']}, this program reads {FORMAT}; preprocess anew")
+        return StoreMeta(LatentSpec(**tree.pop("latents")), **tree)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and run preprocess_latents.py again") from None
+
+
+def open_store(root: Path) -> StoreMeta:
+    """The meta of a finished store of ours, or an error that says which command makes one."""
+    meta = read_meta(root)
+    if meta is None and shard_paths(root):
+        raise UserError(f"{root}: holds latents of another program, which name no pictures; give pictures with --data")
+    if meta is None:
+        raise UserError(f"{root}: no latent store here; run: python preprocess_latents.py")
+    if not meta.complete:
+        raise UserError(f"{root}: preprocessing was not finished; run python preprocess_latents.py again")
+    for style in meta.latents.styles:
+        if meta.layout == "pt" and not (root / style).is_dir():
+            raise UserError(f"{root / style}: this style's folder has vanished; run preprocess_latents.py again")
+        if not meta.counts[style]["train"]:
+            raise UserError(f"{root / style}: the style has no training picture; add pictures and preprocess again")
+    return meta
+
+
+#################################################################################
+#                                  One picture                                  #
+#################################################################################
+
+
+def fingerprint(picture: Path) -> list[int]:
+    """What tells that a picture file has changed: its size in bytes and its time of change."""
+    status = picture.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: list[int]) -> None:
+    entry = {"latent": latent.cpu().clone(), "source": source}
+    if flipped is not None:
+        entry["flipped"] = flipped.cpu().clone()
+    with written_whole(path) as beside, open(beside, "wb") as file:
+        torch.save(entry, file)  # given a path, torch would write the unfinished file's name into it
+
+
+def read_latent(path: Path) -> dict:
+    """A store entry, checked for its form."""
+    entry = load_data(path, "latent of the store")
+    if not isinstance(entry, dict) or not isinstance(entry.get("latent"), Tensor) or entry["latent"].ndim != 3:
+        raise UserError(f"{path}: not a latent of the store (a dict with 'latent' of shape (C, h, w))")
+    return entry
+
+
+def channel_statistics(parts: Iterable[Tensor]) -> tuple[list[float], list[float]]:
+    """Per-channel mean and deviation of raw latents, given in parts (n, C, *space); summed in float64."""
+    total, squares, count = 0.0, 0.0, 0
+    for part in parts:
+        values = part.double().transpose(0, 1).flatten(1)
+        total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    return mean.tolist(), torch.where(std > 1e-6, std, 1.0).tolist()  # a constant channel stays as it is

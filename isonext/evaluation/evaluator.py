@@ -1,0 +1,323 @@
+"""What a checkpoint's transfers are worth on held-out pictures: every figure of evaluate.py, with its uncertainty.
+
+A `Ruler` is made once from the training and the test pictures; it then measures any checkpoint and settings.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, permutations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from isonext.data import images
+from isonext.errors import UserError
+from isonext.evaluation.metrics import (
+    Estimate,
+    StyleClassifier,
+    bootstrap,
+    edge_f1,
+    frechet_distance,
+    kernel_estimate,
+    lab_distance,
+    latent_features,
+    nearest_distance,
+    probe_accuracy,
+    psnr,
+    retrieval,
+    self_similarity_distance,
+    sliced_wasserstein,
+    ssim,
+    train_style_classifier,
+)
+from isonext.evaluation.perceptual import Perceptual
+from isonext.flow.certificate import Certificate
+from isonext.flow.solvers import LATTICE, LatticeState
+from isonext.flow.transfer import TransferSettings, latents_of
+from isonext.pipeline import Pipeline
+
+LOSSLESS = 100.0  # dB: what equal pictures count for in a mean; JSON has no infinity
+BATCH = 32
+CLASSIFIED = 2**28  # colour values of the training pictures that the classifier learns from: 1 GB
+
+Pictures = dict[str, dict[str, Tensor]]  # style -> file name without suffix -> pixels (3, S, S)
+
+
+@dataclass
+class Direction:
+    """One source and target style under one setting."""
+
+    source: str
+    target: str
+    names: list[str]  # of its N pictures
+    values: dict[str, Tensor | Estimate | float | int]  # tensors (N,) hold a value a picture
+    rows: list[list[Tensor]]  # (source, transfer[, true pair]) of every picture
+
+    @functools.cached_property
+    def figures(self) -> dict[str, Estimate | float | int]:
+        """What is reported: a value a picture as its mean with an interval."""
+        return {name: bootstrap(each) if isinstance(each, Tensor) else each for name, each in self.values.items()}
+
+
+@dataclass
+class Evaluation:
+    """One checkpoint under one setting."""
+
+    name: str
+    settings: TransferSettings
+    paired: bool  # pictures of one name are one picture in every style
+    directions: list[Direction] = field(default_factory=list)
+    base: dict[str, Estimate | float] = field(default_factory=dict)  # figures of x0, over all styles
+
+    def mean(self, figure: str) -> Estimate | float | None:
+        """Over all directions; None where the figure was not measured.
+
+        A picture is transferred to several styles, and those transfers are not independent: where there is a value a
+        picture, the mean of each picture's own comes first, and the interval is over pictures.
+        """
+        values = [each.values.get(figure) for each in self.directions]
+        if any(value is None for value in values):
+            return None
+        if not all(isinstance(value, Tensor) for value in values):
+            return sum(value.mean if isinstance(value, Estimate) else value for value in values) / len(values)
+        by_picture = defaultdict(list)
+        for each, value in zip(self.directions, values, strict=True):
+            for name, number in zip(each.names, value.tolist(), strict=True):
+                by_picture[name if self.paired else (each.source, name)].append(number)
+        return bootstrap(torch.tensor([sum(each) / len(each) for each in by_picture.values()], dtype=torch.float64))
+
+
+@dataclass
+class _Transfers:
+    """What became of the pictures of one style on the way to another."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    cycles: list[Tensor] = field(default_factory=list)  # (B,) rms of a -> b -> a
+    trips: Certificate = field(default_factory=Certificate)
+
+
+def load_styles(
+    root: Path,
+    styles: Sequence[str],
+    size: int,  # pixels, square
+    limit: int | None = None,  # pictures a style
+    names: dict[str, list[Path]] | None = None,  # those of each style; all there are if None
+) -> Pictures:
+    """One folder a style; every style must be there, bad pictures are skipped."""
+    return {style: dict(_opened(root / style, size, limit, names and names[style])) for style in styles}
+
+
+def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] | None = None) -> dict[str, Tensor]:
+    """Style -> the standardised latents (N, C, h, w) of its pictures: as `load_styles`, but a batch at a time.
+
+    Training pictures may be more than memory holds; their latents are some fifty times smaller.
+    """
+    latents = {}
+    for style in pipeline.spec.styles:
+        pictures, parts = _opened(root / style, pipeline.spec.image_size, None, names and names[style]), []
+        while batch := [pixels for _, pixels in islice(pictures, BATCH)]:
+            parts.append(pipeline.encode(torch.stack(batch)).cpu())
+        latents[style] = torch.cat(parts)
+    return latents
+
+
+def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None) -> Iterator[tuple[str, Tensor]]:
+    none = True
+    for name in (images.find_pictures(folder) if names is None else names)[:limit]:
+        try:
+            picture = images.square(images.open_picture(folder / name), size)
+        except UserError as error:
+            print(f"skipped: {error}")
+            continue
+        none = False
+        yield name.with_suffix("").as_posix(), images.to_pixels(images.to_bytes(picture))
+    if none:
+        raise UserError(f"{folder}: no pictures of style {folder.name}; --data needs a folder for each style")
+
+
+class Ruler:
+    """Training latents and test pictures, a style classifier, and what the autoencoder alone loses."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        train: dict[str, Tensor],  # style -> standardised latents (N, C, h, w), see `encode_styles`
+        test: Pictures,
+        pairs: bool,
+        perceptual: Perceptual | None = None,  # FID, KID and LPIPS, if wanted
+    ) -> None:
+        self.perceptual = perceptual
+        self.train_latents, self.test, self.pairs, self.styles = train, test, pairs, pipeline.spec.styles
+        for source, target in permutations(self.styles, 2):
+            if pairs and not test[source].keys() & test[target].keys():
+                raise UserError(f"--pairs: no file name of {source} is one of {target} as well")
+        self.test_latents = {style: _encode(pipeline, _stack(test[style])) for style in self.styles}
+        # The classifier sees pictures that went through the codec, so that its blur does not pass for a style.
+        size = (pipeline.spec.image_size,) * 2
+        most = max(16, CLASSIFIED // (3 * size[0] ** 2 * len(self.styles)))
+        some = [train[style][:: -(-len(train[style]) // most)] for style in self.styles]
+        seen = [_decode(pipeline, each, size) for each in some]
+        labels = [torch.full((len(part),), number) for number, part in enumerate(seen)]
+        self.classifier: StyleClassifier = train_style_classifier(torch.cat(seen), torch.cat(labels), len(seen))
+        self.seen = dict(zip(self.styles, seen, strict=True))
+        rebuilt = {style: _decode(pipeline, self.test_latents[style], size) for style in self.styles}
+        hits = [self.classifier.predict(rebuilt[style]) == number for number, style in enumerate(self.styles)]
+        self.classifier_accuracy = bootstrap(torch.cat(hits))
+        losses = [psnr(_stack(test[style]), rebuilt[style]).clamp_max(LOSSLESS) for style in self.styles]
+        self.reconstruction_psnr = bootstrap(torch.cat(losses))
+
+    def measure(
+        self,
+        pipeline: Pipeline,
+        how: TransferSettings,
+        name: str,
+        directions: list[tuple[str, str]] | None = None,  # all ordered pairs if None
+        quick: bool = False,  # no way back: neither the certificate nor the cycle, which are half of the work
+        quiet: bool | None = None,
+    ) -> Evaluation:
+        """Transfer the test pictures of every style to every other and measure."""
+        result, structures = Evaluation(name, how, self.pairs), {}
+        directions = directions or list(permutations(self.styles, 2))
+        with tqdm(total=len(directions), desc=name or "evaluating", unit="direction", disable=quiet) as bar:
+            for source in dict.fromkeys(source for source, _ in directions):
+                targets = [target for each, target in directions if each == source]
+                done, structures[source] = self._transfer(pipeline, how, source, targets, quick, bar)
+                size = (pipeline.spec.image_size,) * 2
+                for target, made in done.items():
+                    results = _decode(pipeline, torch.cat(made.latents), size)
+                    result.directions.append(self._direction(source, target, made, results))
+        if len(structures) > 1 and all(x0 is not None and len(x0) >= 5 for x0 in structures.values()):
+            result.base = base_figures(structures)
+        return result
+
+    def _transfer(
+        self, pipeline: Pipeline, how: TransferSettings, source: str, targets: list[str], quick: bool, bar: tqdm
+    ) -> tuple[dict[str, _Transfers], Tensor | None]:
+        """All test pictures of a style to every target, and their structures x0 (N, C, h, w), None for flowedit.
+
+        A batch is inverted once for all targets.
+        """
+        a, done, structures = self.styles.index(source), {target: _Transfers() for target in targets}, []
+        batches = _stack(self.test[source]).split(BATCH)
+        for part in batches:
+            x1 = pipeline.encode(part)
+            inverted = None if how.method == "flowedit" else pipeline.invert(x1, a, how)
+            if inverted:
+                structures.append(latents_of(inverted.state).cpu())
+            for target, so_far in done.items():
+                b = self.styles.index(target)
+                made = pipeline.generate(inverted, a, b, how) if inverted else pipeline.transfer(x1, a, b, how)
+                so_far.latents.append(made.latents.cpu())
+                bar.update(1 / len(batches))
+                if quick:
+                    continue
+                again = pipeline.transfer(made.latents, b, a, how).latents
+                so_far.cycles.append((again - x1).square().flatten(1).mean(1).sqrt().cpu())
+                if inverted:
+                    so_far.trips.compare(LatticeState.at_picture(x1), pipeline.undo(made.end, a, b, how)[1])
+        return done, torch.cat(structures) if structures else None
+
+    def _direction(self, source: str, target: str, made: _Transfers, results: Tensor) -> Direction:
+        everything, partners = list(self.test[source]), self.test[target]
+        kept = [number for number, name in enumerate(everything) if not self.pairs or name in partners]
+        names, latents, results = [everything[number] for number in kept], torch.cat(made.latents)[kept], results[kept]
+        before = torch.stack([self.test[source][name] for name in names])
+        truth = torch.stack([partners[name] for name in names]) if self.pairs else None
+        values = self._style(results, before, target) | self._structure(results, before, truth)
+        values |= self._distribution(latents, target)
+        if self.perceptual:
+            values |= self.perceptual.figures(results, before, _stack(self.test[target]))
+        if made.cycles:
+            values["cycle"] = torch.cat(made.cycles)[kept]
+        if made.trips.elements:
+            values |= {"round_trip_differing": made.trips.differing, "round_trip_elements": made.trips.elements}
+            values["round_trip_max"] = made.trips.largest * LATTICE  # in deviations of the latents
+        columns = [before, results] + ([truth] if self.pairs else [])
+        return Direction(source, target, names, values, [list(row) for row in zip(*columns, strict=True)])
+
+    def _style(self, results: Tensor, before: Tensor, target: str) -> dict[str, Tensor | float]:
+        number, real = self.styles.index(target), _stack(self.test[target])
+        return {
+            "style_success": self.classifier.predict(results) == number,
+            "style_success_before": self.classifier.predict(before) == number,
+            "swd": sliced_wasserstein(results, real),
+            "swd_before": sliced_wasserstein(before, real),
+            "swd_floor": sliced_wasserstein(self.seen[target], real),  # training against held-out pictures
+            "lab": lab_distance(results, real),
+            "lab_before": lab_distance(before, real),
+        }
+
+    def _structure(self, results: Tensor, before: Tensor, truth: Tensor | None) -> dict[str, Tensor]:
+        values = {
+            "ssim_to_source": ssim(results, before),
+            "edge_f1_to_source": edge_f1(results, before),
+            "self_similarity_to_source": self_similarity_distance(results, before),
+        }
+        if truth is None:
+            return values
+        for when, pictures in (("", results), ("_before", before)):
+            values |= {
+                f"ssim_to_pair{when}": ssim(pictures, truth),
+                f"edge_f1_to_pair{when}": edge_f1(pictures, truth),
+                f"self_similarity_to_pair{when}": self_similarity_distance(pictures, truth),
+                f"psnr_to_pair{when}": psnr(pictures, truth).clamp_max(LOSSLESS),
+                f"retrieval{when}": retrieval(pictures, truth),
+            }
+        return values
+
+    def _distribution(self, latents: Tensor, target: str) -> dict[str, Tensor | Estimate | float]:
+        train, test = self.train_latents[target], self.test_latents[target]
+        known, made, held = (latent_features(each) for each in (train, latents, test))
+        values = {
+            "nearest": nearest_distance(latents, train),
+            "nearest_held_out": nearest_distance(test, train),  # of the target's own pictures, not of the sources
+        }
+        if min(len(known), len(made), len(held)) < 2:  # one picture has no spread
+            return values
+        return values | {
+            "fld": frechet_distance(made, known),
+            "fld_floor": frechet_distance(held, known),
+            "kld": kernel_estimate(made, known),
+            "kld_floor": kernel_estimate(held, known),
+        }
+
+
+def base_figures(structures: dict[str, Tensor]) -> dict[str, Estimate | float]:
+    """How far the structures x0 of all styles are from what they should be: noise that does not tell the style.
+
+    `leakage` is the accuracy of a linear probe for the source style (chance is best) on x0 and its square, pooled to
+    4 x 4; `low_band` the mean power below a quarter of the highest frequency over that of all (1 for white noise).
+    """
+    x0 = torch.cat(list(structures.values()))
+    labels = torch.cat([torch.full((len(part),), number) for number, part in enumerate(structures.values())])
+    pooled = torch.nn.functional.adaptive_avg_pool2d(torch.cat([x0, x0.square()], 1), 4).flatten(1)
+    power = torch.fft.fft2(x0).abs().square().mean((0, 1))
+    height, width = (torch.fft.fftfreq(side).abs() for side in x0.shape[2:])
+    low = torch.maximum(height[:, None], width[None]) <= 0.125
+    low[0, 0] = False  # the mean has a figure of its own
+    everything = torch.ones_like(low)
+    everything[0, 0] = False
+    return {
+        "leakage": bootstrap(probe_accuracy(pooled, labels)),
+        "leakage_chance": max(len(part) for part in structures.values()) / len(x0),
+        "mean": x0.mean().item(),
+        "deviation": x0.std().item(),
+        "low_band": (power[low].mean() / power[everything].mean()).item(),
+    }
+
+
+def _stack(pictures: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(pictures.values()))
+
+
+def _encode(pipeline: Pipeline, pixels: Tensor) -> Tensor:
+    return torch.cat([pipeline.encode(part).cpu() for part in pixels.split(BATCH)])
+
+
+def _decode(pipeline: Pipeline, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    parts = [pipeline.decode(part.to(pipeline.device), *size).cpu() for part in latents.split(BATCH)]
+    return torch.cat(parts).clamp(-1, 1)

@@ -1,0 +1,175 @@
+"""A batch of pictures through a transfer: made, certified, kept, saved; and the report of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from isonext.data import images
+from isonext.evaluation.metrics import ssim
+from isonext.flow.certificate import Certificate, digest
+from isonext.flow.solvers import LatticeState
+from isonext.flow.transfer import Transfer, TransferSettings
+from isonext.inference.inputs import Job, Loaded
+from isonext.inference.structure_file import Structure, fixed_bits, save_structure
+from isonext.pipeline import Pipeline
+from isonext.utils import distributed
+from isonext.utils.io import in_background
+
+
+@dataclass
+class Target:
+    """A style to make."""
+
+    label: str  # end of its file's name
+    title: str  # of its column in a sheet
+    style: int | Tensor  # an id, or an embedding (1, style_dim) between two
+    is_frame: bool = False  # of an interpolation: frames have a folder to themselves
+
+    def path(self, output: Path) -> Path:
+        """Where it goes, beside the sheet `output`."""
+        folder = output.with_name(f"{output.stem}_frames") if self.is_frame else output.parent
+        return folder / f"{output.stem}_{self.label}{output.suffix}"
+
+
+@dataclass
+class Plan:
+    """What is done to every batch."""
+
+    pipeline: Pipeline
+    source: int
+    targets: list[Target]
+    how: TransferSettings
+    floor: float | None = None  # --min_structure
+    compare: bool = False
+    keep: Path | None = None  # --save_structure
+    certificate: Certificate | None = None
+
+
+@dataclass
+class Report:
+    """What came of it."""
+
+    done: int = 0
+    nfe: int = 0  # network evaluations a picture, of the last batch
+    notes: list[str] = field(default_factory=list)
+    unsolved: list[str] = field(default_factory=list)  # pictures whose fixed point did not converge
+    residual: float = 0.0
+    skipped: list[str] = field(default_factory=list)  # one line a bad picture
+
+    def include(self, other: "Report") -> None:
+        """Take in another process's."""
+        self.done += other.done
+        self.nfe = self.nfe or other.nfe
+        self.residual = max(self.residual, other.residual)
+        for name in ("notes", "unsolved", "skipped"):
+            setattr(self, name, sorted(getattr(self, name) + getattr(other, name)))
+
+
+#################################################################################
+#                                   One batch                                   #
+#################################################################################
+
+
+def make(batch: Loaded, plan: Plan, report: Report) -> list[Transfer]:
+    """The transfers of a batch, one a target; certified and kept where that was asked for."""
+    pipeline, source, how = plan.pipeline, plan.source, plan.how
+    used, once = [how] * len(plan.targets), 0
+    if plan.floor is not None:
+        made, used = zip(*(find_strength(batch, plan, target, report) for target in plan.targets), strict=True)
+    elif how.method == "flowedit":
+        made = [pipeline.transfer(batch.latents, source, target.style, how) for target in plan.targets]
+    else:
+        inverted = pipeline.invert(batch.latents, source, how)
+        made = [pipeline.generate(inverted, source, target.style, how) for target in plan.targets]
+        once = inverted.nfe  # which the transfers share
+    note_residual(batch, made[0], how, report)
+    for transfer, target, cut in zip(made, plan.targets, used, strict=True):
+        if plan.certificate:
+            back = pipeline.undo(transfer.end, source, target.style, cut)[1]
+            plan.certificate.compare(LatticeState.at_picture(batch.latents), back, len(batch.jobs))
+    if plan.keep:
+        names = pipeline.spec.styles[source], plan.targets[0].title
+        original, bits = digest(LatticeState.at_picture(batch.latents)), fixed_bits(pipeline)
+        save_structure(Structure(made[0].start, made[0].end, *names, used[0], batch.size, original, bits), plan.keep)
+    report.nfe = once + sum(transfer.nfe - once for transfer in made)
+    return list(made)
+
+
+def find_strength(batch: Loaded, plan: Plan, target: Target, report: Report) -> tuple[Transfer, TransferSettings]:
+    """--min_structure: the strongest transfer whose SSIM to the picture, both decoded, is the floor or more."""
+    pipeline = plan.pipeline
+    enlarge = -(-11 // min(batch.size))  # SSIM's window is 11 pixels wide
+
+    def decoded(latents: Tensor) -> Tensor:
+        return F.interpolate(pipeline.decode(latents, *batch.size).clamp(-1, 1), scale_factor=enlarge)
+
+    before = decoded(batch.latents)
+
+    def score(latents: Tensor) -> float:
+        return ssim(decoded(latents), before).item()
+
+    made, cut, tried = pipeline.keep_structure(batch.latents, plan.source, target.style, plan.how, score, plan.floor)
+    reached = dict(tried)[1 - cut.grid[0]]
+    trials = ", ".join(f"{strength:.2f}: {value:.3f}" for strength, value in sorted(tried))
+    report.notes.append(
+        f"{batch.jobs[0].source} as {target.title}: strength {1 - cut.grid[0]:.2f} keeps structure {reached:.3f} "
+        f"(tried {trials})"
+    )
+    return made, cut
+
+
+def note_residual(batch: Loaded, made: Transfer, how: TransferSettings, report: Report) -> None:
+    if made.residual is None:
+        return
+    for job, residual in zip(batch.jobs, made.residual.tolist(), strict=False):
+        report.residual = max(report.residual, residual)
+        if not residual <= how.tolerance:
+            report.unsolved.append(str(job.source))
+
+
+def results_of(job: Job, plan: Plan) -> list[Path]:
+    """Every file that `save` writes for a job; the last one is its output."""
+    paths = [target.path(job.output) for target in plan.targets] if len(plan.targets) > 1 else []
+    if plan.compare:
+        paths.append(compare_path(job))
+    return [*paths, job.output]
+
+
+def compare_path(job: Job) -> Path:
+    return job.output.with_name(f"{job.output.stem}_compare.png")
+
+
+def save(job: Job, before: Tensor | None, results: list[Tensor], plan: Plan) -> None:
+    """Write the results of one picture: one picture; or one a target, and `job.output` is the sheet of them all."""
+    pictures = [images.to_picture(pixels) for pixels in results]
+    source = [] if before is None else [images.to_picture(before)]
+    titles = [plan.pipeline.spec.styles[plan.source]] * len(source) + [target.title for target in plan.targets]
+    final = pictures[0]
+    if plan.compare:
+        sheet = images.contact_sheet([source + pictures], titles)
+        images.save_picture(sheet, compare_path(job))
+    if len(plan.targets) > 1:
+        for target, picture in zip(plan.targets, pictures, strict=True):
+            images.save_picture(picture, target.path(job.output))
+        final = images.strip(source + pictures, titles)
+    images.save_picture(final, job.output)  # last: a result that is there says that its job is done
+
+
+def work_off(batches: Iterable[Loaded], plan: Plan, total: int) -> Report:
+    """Make and save every batch; the next one is read and the last one is written meanwhile."""
+    report, pipeline = Report(), plan.pipeline
+    with_before, quiet = plan.compare or len(plan.targets) > 1, None if distributed.is_main() else True
+    with tqdm(total=total, desc="transfer", unit="picture", disable=quiet) as bar, in_background(32) as submit:
+        for batch in batches:
+            made = make(batch, plan, report)
+            results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in made]
+            before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
+            for row, job in enumerate(batch.jobs):
+                submit(save, job, None if before is None else before[row], [result[row] for result in results], plan)
+            report.done += len(batch.jobs)
+            bar.update(len(batch.jobs))
+    return report

@@ -1,0 +1,130 @@
+"""What a transfer keeps: the structure file, and the certificate that nothing was lost.
+
+A structure file is a safetensors file with the lattice states of one picture at both ends of its generation leg,
+
+    position, defect            (1, C, h, w) int64, at the structure, t = 1 - strength
+    end_position, end_defect    the same at the transferred picture, t = 1
+
+and, as JSON in its metadata, everything that fixes the velocity field to the last bit.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from isonext.errors import UserError
+from isonext.flow.certificate import _bytes
+from isonext.flow.solvers import LatticeState
+from isonext.flow.transfer import TransferSettings
+from isonext.pipeline import Pipeline
+from isonext.utils.device import device_name
+from isonext.utils.io import written_whole
+
+FORMAT = 1
+REMEDIES = {
+    "checkpoint": "give the checkpoint it was made with",
+    "precision": "leave --precision out",
+    "compiled": "leave --compile out",
+    "device": "use the same, with as many threads (OMP_NUM_THREADS)",
+    "torch": "install that version",
+}
+SUFFIX = ".safetensors"
+TENSORS = ("position", "defect", "end_position", "end_defect")
+
+
+#################################################################################
+#                               The structure file                              #
+#################################################################################
+
+
+@dataclass
+class Structure:
+    start: LatticeState  # at the structure
+    end: LatticeState  # at the transferred picture
+    source: str  # style names
+    target: str
+    how: TransferSettings
+    size: tuple[int, int]  # of the picture: height, width
+    original: str  # digest of the latents that the picture was encoded to
+    bits: dict[str, str | bool]  # what else fixes the network's bits: see `fixed_bits`
+
+
+def fixed_bits(pipeline: Pipeline) -> dict[str, str | bool]:
+    """What fixes the network's output to the last bit, beside its input."""
+    return {
+        "checkpoint": _file_sha256(pipeline.path),
+        "precision": "bf16" if pipeline.bf16 else "fp32",
+        "compiled": pipeline.compiled,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "device": device_name(pipeline.device),
+        "torch": torch.__version__,
+    }
+
+
+def save_structure(structure: Structure, path: Path) -> None:
+    tensors = dict(zip(TENSORS, _parts(structure), strict=True))
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}  # safetensors shares none
+    record = {name: getattr(structure, name) for name in ("source", "target", "size", "original", "bits")}
+    record |= {"format": FORMAT, "settings": asdict(structure.how)}
+    text = json.dumps(record, sort_keys=True)
+    metadata = {"structure": text, "sha256": _seal(text, tensors)}
+    with written_whole(path) as beside:
+        save_file(tensors, beside, metadata)
+
+
+def load_structure(path: Path) -> Structure:
+    """Read and check; a truncated, edited or foreign file is refused in one line."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such structure file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+        text, seal = metadata["structure"], metadata["sha256"]
+        record = json.loads(text)
+        if record.pop("format") != FORMAT:
+            raise UserError(f"{path}: a structure file of another version of this program; make it anew")
+        if names != set(TENSORS) or _seal(text, tensors) != seal:
+            raise UserError(f"{path}: was changed after it was written: its checksum does not fit")
+        settings, size = record.pop("settings"), tuple(record.pop("size"))
+        how = TransferSettings(**settings | {"cfg_interval": tuple(settings["cfg_interval"])})
+        start, end = (LatticeState(*(tensors[name] for name in pair)) for pair in (TENSORS[:2], TENSORS[2:]))
+        return Structure(start=start, end=end, how=how, size=size, **record)
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{path}: damaged, or not a structure file of --save_structure ({kind})") from None
+
+
+def refuse_other_bits(structure: Structure, pipeline: Pipeline, path: Path, names: tuple[str, ...] = ()) -> None:
+    """UserError that says what differs between the run that made the file and this one; `names`: look at these only."""
+    here = fixed_bits(pipeline)
+    for name, there in structure.bits.items():
+        if here[name] != there and (not names or name in names):
+            values = f"{str(there)[:48]}; here it is {str(here[name])[:48]}"
+            raise UserError(f"{path}: made with another {name}: {values}; {REMEDIES.get(name, 'make the file anew')}")
+
+
+def _parts(structure: Structure) -> tuple[Tensor, ...]:
+    return structure.start.position, structure.start.defect, structure.end.position, structure.end.defect
+
+
+def _seal(text: str, tensors: dict[str, Tensor]) -> str:
+    """A checksum against accidents and edits; not a signature."""
+    seal = hashlib.sha256(text.encode())
+    for name in TENSORS:
+        seal.update(str((name, tensors[name].dtype, tuple(tensors[name].shape))).encode() + _bytes(tensors[name]))
+    return seal.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    seal = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            seal.update(block)
+    return seal.hexdigest()

@@ -1,0 +1,213 @@
+"""A trained flow made ready for pictures: autoencoder, statistics and network behind a few calls.
+
+encode: pixels -> standardised latents;   transfer: latents -> latents;   decode: latents -> pixels
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from isonext.checkpoint import load_checkpoint, load_model
+from isonext.config import Config, InferenceConfig
+from isonext.data.autoencoder import DctCodec, load_autoencoder, tiled
+from isonext.data.images import pad_to_multiple
+from isonext.data.store import LatentSpec
+from isonext.errors import UserError
+from isonext.flow import transfer
+from isonext.flow.base import Base
+from isonext.flow.solvers import LatticeState
+from isonext.flow.transfer import Inverted, State, Transfer, TransferSettings
+from isonext.utils.device import allow_tf32, autocast, has_bf16
+
+Style = int | Tensor  # an id for all pictures, ids (B,), or one embedding (1, style_dim) for all
+
+
+@dataclass
+class Pipeline:
+    model: nn.Module
+    codec: nn.Module
+    spec: LatentSpec
+    device: torch.device
+    bf16: bool  # the network under BF16 autocast; as trained, where the device has it, unless changed
+    path: Path | None = None  # of the checkpoint
+    base: Base = field(default_factory=Base)  # where the flow starts
+    compiled: bool = False
+    tile: int | None = None  # pixels: larger pictures go through the autoencoder in tiles of this side
+
+    @property
+    def null_style(self) -> int:
+        return self.model.null_style
+
+    def embed(self, style: Tensor) -> Tensor:
+        return self.model.embed(style)
+
+    def x0(self, noise: Tensor, x1: Tensor, style: Tensor) -> Tensor:
+        return self.base.x0(noise, x1, style)
+
+    def __call__(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
+        """The network as `flow.Field` wants it. One memory layout always: another would choose other kernels, and
+        those other bits. Where torch.compile turns out not to work: a warning, and on without it."""
+        inputs = x.contiguous(memory_format=torch.channels_last), t, style
+        with autocast(self.device, self.bf16):
+            try:
+                return self.model(*inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # no compiler, an unsupported platform: many types, one answer
+                if not self.compiled:
+                    raise
+                self.compiled = False
+                self.model.uncompile()
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
+                return self.model(*inputs)
+
+    @contextlib.contextmanager
+    def _fit_for(self, how: TransferSettings) -> Iterator[None]:
+        """Within, true float32 where a fixed point is solved for: BF16 and TF32 are too coarse to converge."""
+        before = self.bf16, torch.backends.cuda.matmul.allow_tf32
+        if how.inversion == "fixed_point":
+            self.bf16 = False
+            allow_tf32(False)
+        try:
+            yield
+        finally:
+            self.bf16 = before[0]
+            allow_tf32(before[1])
+
+    def compile(self) -> None:
+        """torch.compile at the next call: one graph for all steps of a leg, once for each size of batch and latent."""
+        self.model.compile(dynamic=False)
+        self.compiled = True
+
+    #############################################################################
+    #                            Pixels <-> latents                             #
+    #############################################################################
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], any size -> standardised latents, padded to whole latent cells."""
+        padded = pad_to_multiple(pixels.to(self.device), self.codec.factor)
+        return self.spec.standardise(self._in_tiles(self.codec.encode, padded, 1, Fraction(1, self.codec.factor)))
+
+    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Standardised latents -> (B, 3, height, width), the padding cut off, not clipped."""
+        factor = self.codec.factor
+        pixels = self._in_tiles(self.codec.decode, self.spec.restore(latents), factor, Fraction(factor))
+        return pixels[..., :height, :width]
+
+    def check_size(self, path: Path, size: tuple[int, int]) -> None:
+        """UserError where the network cannot take a picture of this width and height; IsoNext takes any."""
+        cells, side = tuple(-(-length // self.codec.factor) for length in size[::-1]), self.spec.image_size
+        if self.model.size not in (None, cells):
+            raise UserError(
+                f"{path}: is {size[0]} x {size[1]} pixels, but this checkpoint's network (dit) takes {side} x {side} "
+                f"alone; crop it to a square and give --size {side}"
+            )
+
+    def _in_tiles(self, work: Callable[[Tensor], Tensor], x: Tensor, pixels_a_cell: int, ratio: Fraction) -> Tensor:
+        """`work` on x as a whole, or in tiles of `self.tile` pixels that overlap by three eighths.
+
+        At 1024 pixels a tile's edge is then 144 pixels from where its part begins to count: all that the small VAE
+        `taesd` sees, so that it cannot tell.
+        """
+        if self.tile is None or isinstance(self.codec, DctCodec) or max(x.shape[-2:]) * pixels_a_cell <= self.tile:
+            return work(x)
+        factor = self.codec.factor
+        cells = max(4, self.tile // factor), max(1, self.tile // factor * 3 // 8)  # latent cells, whole ones
+        tile, overlap = (count * factor // pixels_a_cell for count in cells)
+        return tiled(work, x, tile, overlap, ratio)
+
+    #############################################################################
+    #                            Latents -> latents                             #
+    #############################################################################
+
+    def transfer(self, latents: Tensor, source: Style, target: Style, how: TransferSettings) -> Transfer:
+        """Standardised latents -> standardised latents."""
+        with self._fit_for(how):
+            return transfer.transfer(self, latents.to(self.device), *self._styles(len(latents), source, target), how)
+
+    def invert(self, latents: Tensor, source: Style, how: TransferSettings) -> Inverted:
+        with self._fit_for(how):
+            return transfer.invert(self, latents.to(self.device), *self._styles(len(latents), source), how)
+
+    def generate(self, inverted: Inverted, source: Style, target: Style, how: TransferSettings) -> Transfer:
+        with self._fit_for(how):
+            return transfer.generate(self, inverted, *self._styles(_count(inverted.state), source, target), how)
+
+    def sample(self, noise: Tensor, layout: Tensor, style: Tensor, how: TransferSettings) -> Tensor:
+        """White noise (see `Base.sample` for both) -> standardised latents of styles (B,)."""
+        with self._fit_for(how):
+            x0 = self.base.sample(noise, layout).to(self.device)
+            return transfer.sample(self, x0, style.to(self.device), how)
+
+    def undo(self, end: State, source: Style, target: Style, how: TransferSettings) -> tuple[State, State]:
+        """The structure and the picture that a transfer started from, by running it backwards."""
+        with self._fit_for(how):
+            return transfer.undo(self, end, *self._styles(_count(end), source, target), how)[:2]
+
+    def keep_structure(
+        self,
+        latents: Tensor,  # (1, C, h, w)
+        source: Style,
+        target: Style,
+        how: TransferSettings,
+        score: Callable[[Tensor], float],
+        floor: float,
+    ) -> tuple[Transfer, TransferSettings, list[tuple[float, float]]]:
+        """The strongest transfer whose score is `floor` or more: see `transfer.keep_structure`."""
+        with self._fit_for(how):
+            styles = self._styles(1, source, target)
+            return transfer.keep_structure(self, latents.to(self.device), *styles, how, score, floor)
+
+    def between(self, a: int, b: int, share: float) -> Tensor:
+        """The embedding (1, style_dim) at `share` of the way from style a to style b, both ends hit exactly."""
+        ends = self.embed(torch.tensor([a, b], device=self.device))
+        return torch.lerp(ends[:1], ends[1:], share)
+
+    def _styles(self, count: int, *styles: Style) -> list[Tensor]:
+        tensors = (torch.as_tensor(style, device=self.device) for style in styles)
+        return [style.expand(count, *style.shape[1:]) for style in tensors]
+
+
+def _count(state: State) -> int:
+    return len(state.position if isinstance(state, LatticeState) else state)
+
+
+def load_codec(spec: LatentSpec, device: torch.device, where: str) -> nn.Module:
+    """The autoencoder of a model's latents; a UserError where it is not one of such latents."""
+    codec = load_autoencoder(spec.autoencoder, device)
+    if codec.channels != spec.channels:
+        raise UserError(
+            f"{where}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
+        )
+    if codec.factor != spec.factor:  # only latents of another program, see data/external.py
+        raise UserError(
+            f"{where}: trained on latents of {spec.factor} pixels a cell, autoencoder {codec.name} has {codec.factor}: "
+            "data.image_size was not the size of the pictures that the latents were computed from"
+        )
+    return codec
+
+
+def load_pipeline(path: str | Path, device: torch.device) -> tuple[Pipeline, Config]:
+    """The averaged network of a checkpoint with its own autoencoder and statistics, and the config it was made by."""
+    checkpoint = load_checkpoint(path)
+    spec = checkpoint.latents
+    codec = load_codec(spec, device, str(path))
+    model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)
+    bf16 = checkpoint.config.training.use_amp and has_bf16(device)
+    return Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base), checkpoint.config
+
+
+def transfer_settings(config: InferenceConfig, strength: float = 1.0, seed: int = 0) -> TransferSettings:
+    if config.inversion == "fixed_point" and config.method in ("alf", "flowedit"):
+        why = "is exactly reversible already" if config.method == "alf" else "has no inversion"
+        raise UserError(
+            f"inversion fixed_point is for the methods euler, midpoint, heun and rk4; {config.method} {why}"
+        )
+    return TransferSettings(strength=strength, seed=seed, **asdict(config))

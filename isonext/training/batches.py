@@ -1,0 +1,68 @@
+"""What is drawn at a step: a function of (seed, step), so that a resume draws the same."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isonext.config import TrainingConfig
+from isonext.data.dataset import LatentSplit
+from isonext.errors import UserError
+from isonext.flow.base import Base, fit_base
+from isonext.flow.loss import drop_labels, pair_noise, sample_time
+from isonext.utils.seeding import seeded
+
+
+@dataclass
+class Batch:
+    x0: Tensor  # (B, C, h, w) noise
+    x1: Tensor  # (B, C, h, w) standardised latents
+    t: Tensor  # (B,)
+    style: Tensor  # (B,) int64, some of them the null style
+
+    def part(self, chosen: slice) -> "Batch":
+        return Batch(self.x0[chosen], self.x1[chosen], self.t[chosen], self.style[chosen])
+
+    def to(self, device: torch.device, channels_last: bool) -> "Batch":
+        """On the device; to CUDA by way of pinned memory, so that nothing waits for the copy."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        tensors = (self.x0, self.x1, self.t, self.style)
+        if device.type == "cuda":
+            tensors = (tensor.pin_memory() for tensor in tensors)
+        x0, x1, t, style = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(x0.contiguous(memory_format=layout), x1.contiguous(memory_format=layout), t, style)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=seeded(seed, "order", epoch))
+
+
+def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
+    """The base that the config asks for, fitted to at most 1024 pictures a style."""
+    cells = split.spec.image_size // split.spec.factor
+    if training.anchor_strength and training.anchor_cells > cells:
+        raise UserError(f"training.anchor_cells = {training.anchor_cells}: the latents have {cells} cells a side")
+
+    def some(style: int) -> Tensor:
+        index = (split.styles == style).nonzero().flatten()
+        return split.batch(index[:: -(-len(index) // 1024)])[0]
+
+    return fit_base(some, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
+
+
+def draw_batch(split: LatentSplit, base: Base, training: TrainingConfig, step: int, null_style: int) -> Batch:
+    """The whole batch of optimiser step `step`; each process then takes its share of it."""
+    steps_per_epoch = len(split) // training.batch_size
+    epoch, place = divmod(step, steps_per_epoch)
+    order = epoch_order(training.seed, epoch, len(split))
+    index = order[place * training.batch_size : (place + 1) * training.batch_size]
+    generator = seeded(training.seed, "batch", step)
+    mirrored = torch.rand(len(index), generator=generator) < 0.5
+    x1, style = split.batch(index, mirrored)
+    noise = torch.randn(x1.shape, generator=generator)
+    t = sample_time(len(index), training.time_sampling, generator)
+    if training.coupling == "ot":
+        noise = pair_noise(noise, x1, style)
+    return Batch(base.x0(noise, x1, style), x1, t, drop_labels(style, training.label_drop_prob, null_style, generator))

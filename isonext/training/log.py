@@ -1,0 +1,74 @@
+"""The record of a training run: metrics.jsonl, TensorBoard, and the loss curve as a picture."""
+
+import json
+from pathlib import Path
+
+from isonext.utils.io import written_whole
+
+
+class Logbook:
+    """One line of numbers a logging step, to `metrics.jsonl` and to TensorBoard."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        """Lines later than `resume_step` come from a run that went on past its checkpoint: they are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
+        with written_whole(self.path) as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.kept = kept
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | numbers) + "\n")
+        for name, number in numbers.items():
+            self.board.add_scalar(name, number, step)
+
+    def largest(self, name: str) -> float:
+        """Of what was logged before this run went on; 0 where there is nothing."""
+        return max((line[name] for line in self.kept if name in line), default=0.0)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plot_losses(metrics: Path, output: Path) -> None:
+    """Training loss, its quarters of t and the validation loss over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(metrics)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    curves = {f"loss_t{q}": f"t in [{q / 4:g}, {(q + 1) / 4:g})" for q in range(4)}
+    for name, label in curves.items():
+        axes.plot(*_curve(lines, name), linewidth=1, alpha=0.55, label=label)
+    axes.plot(*_curve(lines, "loss"), color="black", linewidth=1.5, label="training loss")
+    axes.plot(*_curve(lines, "val_loss"), "o-", color="crimson", markersize=3, label="validation loss (EMA)")
+    axes.set(xlabel="step", ylabel="mean squared error of v", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    with written_whole(output) as beside:
+        figure.savefig(beside)
+    pyplot.close(figure)
+
+
+def _curve(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [value for _, value in points]

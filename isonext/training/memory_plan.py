@@ -1,0 +1,183 @@
+"""How a training step fits the memory: what `auto` comes to, and the table of `train.py --plan`."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from isonext.checkpoint import build_model, network_of
+from isonext.config import Config, TrainingConfig
+from isonext.data.autoencoder import DctCodec
+from isonext.data.external import survey
+from isonext.data.store import LatentSpec, StoreMeta, read_meta, shown
+from isonext.errors import UserError
+from isonext.models.cost import Footprint, footprint, step_flops
+from isonext.utils.device import has_bf16
+
+GIB = 2**30
+USED = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
+CONTEXT = GIB // 2  # of a card, taken by CUDA before the first tensor
+ENOUGH = 8  # pictures at once that keep a device busy
+
+#################################################################################
+#                            What `auto` comes to                               #
+#################################################################################
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a process goes through its share of a batch."""
+
+    pictures: int  # at once: the micro-batch
+    keep: str  # what blocks keep for the backward pass, see model.py
+
+    def smaller(self, training: TrainingConfig) -> "Cut | None":
+        """What to try where this one ran out of memory; None where nothing is left that the config allows."""
+        if self.keep == "all":
+            return Cut(self.pictures, "products")
+        if self.pictures > 1:
+            return Cut(-(-self.pictures // 2), self.keep)
+        if training.gradient_checkpointing == "auto" and self.keep == "products":
+            return Cut(1, "input")
+        return None
+
+
+def choose_cut(
+    training: TrainingConfig,
+    share: int,  # pictures of a batch that this process has
+    limit: float,  # bytes for the state and a step
+    needs: Callable[[str], Footprint],  # of what blocks keep
+) -> Cut:
+    """What the config says, and where it says auto:
+
+    blocks are recomputed from their input only where fewer than 8 pictures (or the micro-batch asked for, or the
+    share) would fit otherwise; the micro-batch is the largest that then fits, or somewhat smaller where that cuts equal
+    pieces. Blocks that are not recomputed keep all where there is room for it, or else their products.
+    """
+    asked, recompute = training.micro_batch_size, training.gradient_checkpointing
+    size = min(share, (ENOUGH if asked == "auto" else asked) or share)
+    if recompute == "auto":
+        recompute = needs("products").largest(limit) < size
+    keep = "input" if recompute else "products"
+    if asked == "auto":
+        size = equal_pieces(share, needs(keep).largest(limit))
+    if keep == "products" and needs("all").largest(limit) >= size:
+        keep = "all"
+    return Cut(size, keep)
+
+
+def equal_pieces(share: int, most: int) -> int:
+    """The size of the fewest pieces of at most `most` (or 1); of equal ones, where that is not twice as many."""
+    fewest = -(-share // max(1, most))
+    count = next((count for count in range(fewest, 2 * fewest) if share % count == 0), fewest)
+    return -(-share // count)
+
+
+def needs_of(config: Config, spec: LatentSpec, bf16: bool) -> Callable[[str], Footprint]:
+    """A function: what blocks keep -> the footprint of a training step."""
+    network, sample = network_of(config, spec), (spec.channels, *spec.space)
+    return functools.cache(lambda keep: footprint(network, sample, bf16, config.training.channels_last, keep))
+
+
+def reduced(training: TrainingConfig, cut: Cut, share: int) -> str:
+    """For the line at the start of a run: what auto had to cut, or nothing."""
+    parts = []
+    if training.micro_batch_size == "auto" and cut.pictures < share:
+        parts.append(f", {cut.pictures} pictures at once")
+    if training.gradient_checkpointing == "auto" and cut.keep == "input":
+        parts.append(", blocks recomputed backwards")
+    return "".join(parts)
+
+
+#################################################################################
+#                             The table of --plan                               #
+#################################################################################
+
+
+def print_plan(config: Config, vram: float | None) -> None:
+    """What training by this config costs, and the flags that make it fit `vram` GiB; runs and writes nothing."""
+    if vram is not None and not 0 < vram < math.inf:  # written so that NaN fails
+        raise UserError(f"--vram {vram:g}: the memory of a card in GiB, a number above 0")
+    card = torch.cuda.is_available()
+    if vram is None:
+        vram = torch.cuda.mem_get_info()[1] / GIB if card else 8.0
+    bf16 = config.training.use_amp and (not card or has_bf16(torch.device("cuda")))
+    root = Path(config.data.data_root)
+    meta = read_meta(root) or survey(root, config)
+    spec = meta.latents if meta else assumed_latents(config)
+    needs = needs_of(config, spec, bf16)
+    limit = USED * (vram * GIB - CONTEXT)
+    lines = [*_known_lines(config, spec, meta, needs, bf16), *_memory_lines(config, spec, needs, vram, limit)]
+    if needs("input").largest(limit):
+        free = replace(config.training, micro_batch_size="auto", gradient_checkpointing="auto")
+        cut = choose_cut(free, config.training.batch_size, limit, needs)
+        recompute = str(cut.keep == "input").lower()
+        flags = f"--set training.micro_batch_size={cut.pictures} --set training.gradient_checkpointing={recompute}"
+        lines.append(f"for {vram:.3g} GiB: {flags}")
+    else:
+        lines.append(
+            f"not one picture fits {vram:.3g} GiB: lower model.hidden_dim, model.num_layers or data.image_size"
+        )
+    print("\n".join(lines))
+
+
+def assumed_latents(config: Config) -> LatentSpec:
+    """What the latents will be where there is no store yet, as far as it can be told without the autoencoder."""
+    name, model = config.autoencoder.name, config.model
+    channels, factor = (32, 16) if Path(name).suffix else (4, 8)  # a VA-VAE's file; Stable Diffusion's VAE
+    channels = model.latent_channels or channels
+    if name.partition(":")[0] == "dct":
+        codec = DctCodec(name)
+        channels, factor = codec.channels, codec.factor
+    styles = model.num_styles or config.data.num_classes or 2
+    return LatentSpec(name, channels, factor, config.data.image_size, [str(number) for number in range(styles)])
+
+
+def _known_lines(
+    config: Config, spec: LatentSpec, meta: StoreMeta | None, needs: Callable[[str], Footprint], bf16: bool
+) -> list[str]:
+    """What no card changes."""
+    root = config.data.data_root
+    if meta:
+        count = sum(len(names) for names in meta.split.values()) * (1 + meta.flip)
+        stored = f"{4 * count * spec.channels * math.prod(spec.space) / GIB:.3g} GiB of RAM, {count} with mirrored ones"
+        source = f"from {root}" if meta.complete else f"from {root}, which preprocess_latents.py has not finished"
+    else:
+        stored = "not known yet"
+        source = f"from the config: no store at {root} yet, run python preprocess_latents.py"
+    model, precision = config.model, "BF16" if bf16 else "float32"
+    return [
+        f"{model.type}, D {model.hidden_dim}, N {model.num_layers}, {precision}; "
+        f"latents {shown((spec.channels, *spec.space))} of {len(spec.styles)} styles, {source}",
+        f"parameters           {needs('input').parameters / 1e6:.2f} M",
+        f"latents in memory    {stored}",
+    ]
+
+
+def _memory_lines(
+    config: Config, spec: LatentSpec, needs: Callable[[str], Footprint], vram: float, limit: float
+) -> list[str]:
+    """The table: a step, by what blocks keep."""
+    batch, asked = config.training.batch_size, config.training.micro_batch_size
+    at_once = min(batch, asked if isinstance(asked, int) else batch)
+    with torch.device("meta"):
+        network = build_model(config, spec)
+
+    def row(name: str, cell: Callable[[str], str]) -> str:
+        return f"{name:30s}" + "".join(f"{cell(keep):>14s}" for keep in ("all", "products", "input"))
+
+    def operations(keep: str) -> str:
+        return f"{step_flops(network, batch, spec.space, keep == 'input') / 1e12:.3g} TFLOP"
+
+    return [
+        "",
+        row("kept for the backward pass", str),
+        row("gradient checkpointing", lambda keep: "on" if keep == "input" else "off"),
+        row(f"operations a step of {batch}", operations),
+        row(f"peak memory, {at_once} at once", lambda keep: f"{needs(keep).peak(at_once) / GIB:.2f} GiB"),
+        row(f"most at once in {vram:.3g} GiB", lambda keep: str(min(batch, needs(keep).largest(limit)))),
+        "",
+    ]

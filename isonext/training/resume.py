@@ -1,0 +1,92 @@
+"""What a run may start from: its own checkpoint, exactly, or the weights of another run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from isonext.checkpoint import Checkpoint, load_weights
+from isonext.config import Config, config_to_dict
+from isonext.data.store import LatentSpec
+from isonext.errors import UserError
+
+COUNTED = ("latent_channels", "num_styles")  # null and the number that was counted mean the same
+FIXED = {  # the rest of the training section may change on the way; the whole model section may not
+    "batch_size": "epochs would not line up",
+    "anchor_strength": "the network knows one base",
+    "anchor_cells": "the network knows one base",
+}
+
+
+def check_resume(checkpoint: Checkpoint, path: Path, config: Config, spec: LatentSpec, store: str) -> list[str]:
+    """A line for each config key that changes with this resume; a UserError that names what may not change.
+
+    `store` is the digest of the training pictures, see `LatentSplit.digest`.
+    """
+    for name in ("autoencoder", "image_size", "styles"):
+        was, now = getattr(checkpoint.latents, name), getattr(spec, name)
+        if was != now:
+            raise UserError(f"{path}: was trained on latents of {name} {was}, the store has {now}")
+    if checkpoint.store not in ("", store):
+        raise UserError(
+            f"{path}: was trained on other pictures than {config.data.data_root} holds now; put those back, or go on "
+            f"from its weights with --init {path} --set checkpoint.save_dir=FOLDER"
+        )
+    was, now, changes = config_to_dict(checkpoint.config), config_to_dict(config), []
+    for section, values in now.items():
+        for key, value in values.items():
+            old = was[section][key]
+            if value == old or key in COUNTED or section in ("data", "inference"):
+                continue
+            name = f"{section}.{key}"
+            if section == "model" or (section == "training" and key in FIXED):
+                why = FIXED.get(key, "its weights are of that shape")
+                raise UserError(f"{path}: was trained with {name} {old}, not {value}: {why}")
+            changes.append(f"{name} is now {value}, was {old}")
+    return changes
+
+
+def in_units_of(spec: LatentSpec, other: Checkpoint | None, path: str | Path | None) -> LatentSpec:
+    """The store's spec with the statistics of another run, in whose units its network counts."""
+    if other is None:
+        return spec
+    for name in ("autoencoder", "channels"):
+        theirs, own = getattr(other.latents, name), getattr(spec, name)
+        if theirs != own:
+            raise UserError(f"{path}: is of latents of {name} {theirs}, the store has {own}")
+    return replace(spec, mean=other.latents.mean, std=other.latents.std)
+
+
+def take_over(
+    networks: tuple[nn.Module, nn.Module],  # the model and its average, freshly made for `spec`
+    checkpoint: Checkpoint,
+    path: str | Path,
+    spec: LatentSpec,
+) -> str:
+    """Weights of another run; embeddings go by the styles' names, and those of new styles stay as they were made.
+
+    Returns a line that says what was kept.
+    """
+    old = checkpoint.latents
+    kept = [style for style in spec.styles if style in old.styles]
+    rows = torch.tensor([spec.styles.index(style) for style in kept] + [len(spec.styles)])  # the null style is last
+    from_rows = torch.tensor([old.styles.index(style) for style in kept] + [len(old.styles)])
+    for network, weights in zip(networks, (checkpoint.model, checkpoint.ema), strict=True):
+        own, theirs = (
+            network.state_dict().get("style.weight"),
+            weights.get("style.weight"),
+        )  # a DiT of one style has none
+        weights = {name: weight for name, weight in weights.items() if name != "style.weight"}
+        if own is not None:
+            weights["style.weight"] = own.detach().clone()
+        if own is not None and theirs is not None:
+            if theirs.shape[1] != own.shape[1]:
+                raise UserError(f"{path}: has embeddings of {theirs.shape[1]} numbers, the config of {own.shape[1]}")
+            weights["style.weight"][rows] = theirs[from_rows].to(own)
+        load_weights(network, weights, path)
+    new = [style for style in spec.styles if style not in kept]
+    return (
+        f"weights from {path} at step {checkpoint.step}; styles kept: {', '.join(kept) or 'none'}; "
+        f"new: {', '.join(new) or 'none'}"
+    )

@@ -1,0 +1,130 @@
+"""Files appear whole or not at all, and what is read back is data, never code; work in threads beside the network."""
+
+import contextlib
+import itertools
+import os
+import pickle
+import re
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isonext.errors import UserError
+
+THREADS = 4  # that read and write pictures
+_COUNT = itertools.count()
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yields a path beside the target to write to; only when the block succeeds does it take the target's name.
+
+    It is hidden and keeps the suffix (`.name.tmp123.png`), so that writers which look at the suffix work and no reader
+    of the folder takes an unfinished file for a finished one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = f"{os.getpid()}_{next(_COUNT)}"  # names that begin alike may be written at once
+    beside = path.with_name(f".{path.stem[:64]}.tmp{writer}{path.suffix}")  # names may be 255 bytes long
+    try:
+        yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed `written_whole` left in `folder`."""
+    for leftover in folder.glob(".*.tmp*"):
+        leftover.unlink(missing_ok=True)
+
+
+def load_data(path: str | Path, what: str, foreign: bool = False) -> Any:
+    """`torch.load` that runs no code from the file and checks its checksums; `what` names the file's kind in errors.
+
+    torch writes a CRC-32 of every part, but does not look at it when reading: a flipped bit would become a weight.
+    A `foreign` file, one of another program, may be in the format that torch had before 1.6, which has no checksums.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a {what}")
+    if not path.exists():
+        raise UserError(f"{path}: no such {what}")
+    try:
+        if not (foreign and _is_of_old_format(path)):
+            _check_sums(path, what)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        advice = "; if you trust it, save its state_dict alone and give that file" if foreign else ""
+        raise UserError(f"{path}: not a {what}: it holds more than plain data, and was not run{advice}") from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # in a damaged file zipfile, pickle and torch may stumble over anything
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+        raise UserError(f"{path}: damaged, or not a {what} ({reason})") from None
+
+
+def _check_sums(path: Path, what: str) -> None:
+    if not zipfile.is_zipfile(path):  # torch's format; false for a file that was cut off, too
+        raise UserError(f"{path}: damaged, or not a {what}")
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken:
+        raise UserError(f"{path}: damaged: the checksum of its part {broken} does not match")
+
+
+def _is_of_old_format(path: Path) -> bool:
+    """Whether the file begins as torch.save's did before 1.6: with a number, pickled."""
+    start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
+
+
+def natural_order(name: str) -> tuple:
+    """Sort key under which user2 comes before user10; upper and lower case are told apart only at the end."""
+    return [
+        (not part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", name.lower())
+    ], name
+
+
+#################################################################################
+#                             Beside the network                                #
+#################################################################################
+
+
+def ahead(work: Callable[[Any], Any], items: Iterable, count: int) -> Iterator:
+    """`map(work, items)` in threads, `count` results ahead and no more."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[Future] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def in_background(at_once: int) -> Iterator[Callable[..., None]]:
+    """Yields `submit(function, *arguments)`, which waits only while `at_once` calls are unfinished.
+
+    What a call raises is raised at a later `submit`, or at the end.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[Future] = deque()
+
+        def submit(function: Callable, *arguments: Any) -> None:
+            waiting.append(pool.submit(function, *arguments))
+            while len(waiting) > at_once or (waiting and waiting[0].done()):
+                waiting.popleft().result()
+
+        yield submit
+        while waiting:
+            waiting.popleft().result()

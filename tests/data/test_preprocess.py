@@ -1,0 +1,355 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers import ROOT
+from isonext.config import config_to_dict
+from isonext.data.autoencoder import load_autoencoder
+from isonext.data.preprocess import preprocess
+from isonext.data.store import open_store, read_meta
+from isonext.errors import UserError
+from preprocess_latents import build_parser, main
+
+RNG = np.random.default_rng(1)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of every file below `folder`."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def entries(root: Path) -> dict[str, dict]:
+    return {str(path.relative_to(root)): torch.load(path, weights_only=True) for path in sorted(root.rglob("*.pt"))}
+
+
+def assert_same_store(one: Path, other: Path) -> None:
+    """Every file, every tensor and meta.json are equal."""
+    assert sorted(snapshot(one)) == sorted(snapshot(other))
+    for (name, a), b in zip(entries(one).items(), entries(other).values(), strict=True):
+        assert a["source"] == b["source"], name
+        for part in ("latent", "flipped"):
+            assert torch.equal(a[part], b[part]), name
+    assert json.loads((one / "meta.json").read_text()) == json.loads((other / "meta.json").read_text())
+
+
+#################################################################################
+#                                What is stored                                 #
+#################################################################################
+
+
+def test_the_stored_latents_are_the_codecs_of_the_picture_and_of_its_mirror_image(store, cpu):
+    codec = load_autoencoder("dct:f4c12", cpu)
+    for name, entry in entries(store / "latents").items():
+        picture = np.asarray(Image.open(store / "raw" / name.removesuffix(".pt"))) / 127.5 - 1
+        for part, pixels in (("latent", picture), ("flipped", picture[:, ::-1])):
+            expected = codec.encode(torch.tensor(pixels.transpose(2, 0, 1).copy(), dtype=torch.float32)[None])[0]
+            torch.testing.assert_close(entry[part], expected, atol=1e-5, rtol=0)
+            assert entry[part].dtype == torch.float32
+
+
+def test_without_flip_no_mirror_image_is_stored_and_turning_it_on_adds_it(store, make_config, cpu):
+    config = make_config(store, {"data.flip": False, "data.data_root": str(store / "plain")})
+    preprocess(config, cpu, quiet=True)
+    assert all("flipped" not in entry for entry in entries(store / "plain").values())
+    report = preprocess(make_config(store, {"data.data_root": str(store / "plain")}), cpu, quiet=True)
+    assert (report.encoded, report.kept) == (20, 0)
+    assert_same_store(store / "plain", store / "latents")
+
+
+def test_nested_pictures_and_names_that_differ_only_in_the_extension_are_all_stored(tmp_path, draw, make_config, cpu):
+    names = ["a.png", "a.jpg", "a.jpeg", "a.png.png", "deep/a.png", "deep/er/a.bmp"]
+    for number, name in enumerate(names):
+        draw(tmp_path / "raw" / "ink" / name, seed=number)
+    report = preprocess(make_config(tmp_path), cpu, quiet=True)
+    assert report.encoded == len(names) and not report.skipped
+    stored = entries(tmp_path / "latents")
+    assert sorted(stored) == sorted(f"ink/{name}.pt" for name in names)
+    assert len({entry["latent"].sum().item() for entry in stored.values()}) == len(names), "no two are alike"
+    assert sorted(report.meta.split["train"] + report.meta.split["val"]) == sorted(stored)
+
+
+def test_the_statistics_are_numpys_over_the_training_split_with_its_mirror_images(store):
+    meta, stored = open_store(store / "latents"), entries(store / "latents")
+    train = np.stack([stored[name][part].numpy() for name in meta.split["train"] for part in ("latent", "flipped")])
+    values = train.astype(np.float64).transpose(1, 0, 2, 3).reshape(12, -1)
+    np.testing.assert_allclose(meta.latents.mean, values.mean(1), atol=1e-9)
+    np.testing.assert_allclose(meta.latents.std, values.std(1), rtol=1e-9)
+    every = np.stack([entry["latent"].numpy() for entry in stored.values()])
+    assert not np.allclose(meta.latents.mean, every.mean((0, 2, 3)), atol=1e-6), "held-out pictures do not count"
+
+
+def test_the_counts_are_those_of_the_split_and_every_style_has_some_of_both(store):
+    meta = open_store(store / "latents")
+    for style in ("ink", "oil"):
+        counts = {part: sum(name.startswith(f"{style}/") for name in meta.split[part]) for part in ("train", "val")}
+        assert meta.counts[style] == counts
+        assert counts["val"] >= 1 and counts["train"] + counts["val"] == 10
+    assert not set(meta.split["train"]) & set(meta.split["val"])
+
+
+def test_a_channel_that_is_constant_keeps_its_scale(tmp_path, make_config, cpu):
+    for number in range(3):
+        (tmp_path / "raw" / "ink").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (100, 100, 100)).save(tmp_path / "raw" / "ink" / f"{number}.png")
+    meta = preprocess(make_config(tmp_path), cpu, quiet=True).meta
+    assert meta.latents.std == [1.0] * 12
+    assert meta.latents.mean[0] == pytest.approx(4 * (100 / 127.5 - 1), abs=1e-6)  # orthonormal: 4 x 4 pixels, one mean
+
+
+#################################################################################
+#                                 Running again                                 #
+#################################################################################
+
+
+def test_a_rerun_changes_nothing(store, make_config, cpu):
+    before = snapshot(store / "latents")
+    report = preprocess(make_config(store), cpu, quiet=True)
+    after = snapshot(store / "latents")
+    assert (report.encoded, report.kept, report.removed, report.skipped) == (0, 20, 0, [])
+    assert {name: content for name, (content, _) in after.items()} == {n: content for n, (content, _) in before.items()}
+    assert all(after[name] == before[name] for name in before if name.endswith(".pt")), "not even written again"
+
+
+def test_added_removed_and_changed_pictures_are_the_only_work(store, draw, make_config, cpu):
+    before = snapshot(store / "latents")
+    (store / "raw" / "ink" / "3.png").unlink()
+    draw(store / "raw" / "oil" / "4.png", seed=777)
+    draw(store / "raw" / "oil" / "new" / "10.png", seed=778)
+    report = preprocess(make_config(store), cpu, quiet=True)
+    assert (report.encoded, report.kept, report.removed) == (2, 18, 1)
+    after = snapshot(store / "latents")
+    assert set(before) ^ set(after) == {"ink/3.png.pt", "oil/new/10.png.pt"}
+    assert {n for n in before if n in after and before[n] != after[n]} == {"oil/4.png.pt", "meta.json"}
+    preprocess(make_config(store, {"data.data_root": str(store / "fresh")}), cpu, quiet=True)
+    assert_same_store(store / "latents", store / "fresh")
+
+
+def test_added_pictures_move_none_from_validation_to_training(store, draw, make_config, cpu):
+    before = open_store(store / "latents").split
+    for number in range(10, 40):
+        draw(store / "raw" / "ink" / f"{number}.png", seed=number + 500)
+    after = preprocess(make_config(store), cpu, quiet=True).meta.split
+    assert set(before["val"]) <= set(after["val"]) and set(before["train"]) <= set(after["train"])
+    assert len(after["train"]) + len(after["val"]) == 50
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"hello"],
+    ids=["half", "empty", "text"],
+)
+def test_a_damaged_entry_is_encoded_again(store, make_config, cpu, damage):
+    path = store / "latents" / "oil" / "7.png.pt"
+    whole = torch.load(path, weights_only=True)
+    path.write_bytes(damage(path.read_bytes()))
+    report = preprocess(make_config(store), cpu, quiet=True)
+    assert (report.encoded, report.kept) == (1, 19)
+    assert torch.equal(torch.load(path, weights_only=True)["latent"], whole["latent"])
+
+
+def test_worker_processes_make_the_same_store(store, make_config, cpu):
+    config = make_config(store, {"data.data_root": str(store / "other"), "training.num_workers": 2})
+    preprocess(config, cpu, quiet=True)
+    assert_same_store(store / "other", store / "latents")
+
+
+def test_a_new_style_comes_behind_the_old_ones(store, draw, make_config, cpu):
+    for number in range(3):
+        draw(store / "raw" / "Acryl10" / f"{number}.png", seed=number)
+        draw(store / "raw" / "acryl2" / f"{number}.png", seed=number + 5)
+    report = preprocess(make_config(store), cpu, quiet=True)
+    assert report.meta.latents.styles == ["ink", "oil", "acryl2", "Acryl10"]
+    assert (report.encoded, report.kept) == (6, 20)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import preprocess_latents as command
+from isonext.utils.cli import run
+
+real = os.replace
+points = [lambda n, metas: n == 1, lambda n, metas: n == 2, lambda n, metas: n == 8, lambda n, metas: metas == 2]
+for point in points:  # each attempt goes on where the one before was killed
+    child = os.fork()
+    if not child:
+        calls = []
+        def replace(beside, path):
+            calls.append(os.path.basename(path))
+            if point(len(calls), calls.count("meta.json")):
+                os.truncate(beside, os.path.getsize(beside) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(beside, path)
+        os.replace = replace
+        run(command.main, command.build_parser())
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it ended before it was killed"
+"""
+
+
+def test_after_kills_in_the_middle_a_rerun_equals_an_uninterrupted_run(store, make_config, cpu):
+    config = make_config(store, {"data.data_root": str(store / "killed")})
+    (store / "c.json").write_text(json.dumps(config_to_dict(config)))
+    command = [
+        sys.executable,
+        "-c",
+        KILLED.format(root=str(ROOT)),
+        "--config",
+        str(store / "c.json"),
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(UserError, match="not finished"):
+        open_store(store / "killed")
+    left = [path.name for path in (store / "killed").rglob("*.png.pt") if not path.name.startswith(".")]
+    assert len(left) == 20, "the last kill came before meta.json alone"
+    report = preprocess(config, cpu, quiet=True)
+    assert (report.encoded, report.kept) == (0, 20)
+    for leftover in (store / "killed").glob(".meta.tmp*"):
+        leftover.unlink()
+    assert_same_store(store / "killed", store / "latents")
+
+
+#################################################################################
+#                                  Bad pictures                                 #
+#################################################################################
+
+
+def odd_pictures(folder: Path) -> list[str]:
+    """Unusual pictures, all of them sound; their names."""
+    folder.mkdir(parents=True)
+    colour = Image.fromarray(RNG.integers(0, 256, (20, 30, 3), np.uint8))
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(RNG.integers(0, 65536, (20, 30)).astype(np.uint16)).save(folder / "grey16.png")
+    colour.quantize(16).save(folder / "palette.png", transparency=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour.save(folder / "exif.jpg", exif=exif)
+    Image.new("RGB", (1, 1), "red").save(folder / "one.png")
+    Image.new("RGB", (10000, 10), "red").save(folder / "strip.png")
+    colour.convert("RGBA").save(folder / "alpha.webp")
+    Image.new("LA", (9, 9), (7, 9)).save(folder / "la.png")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def bad_pictures(folder: Path) -> list[str]:
+    whole = folder / "whole.jpg"
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(whole)
+    (folder / "cut.jpg").write_bytes(whole.read_bytes()[:700])
+    whole.unlink()
+    (folder / "zero.png").touch()
+    (folder / "text.png").write_text("no picture")
+    return ["cut.jpg", "text.png", "zero.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_pictures_are_skipped_by_name_and_odd_ones_go_through(tmp_path, draw, make_config, cpu, workers):
+    good = odd_pictures(tmp_path / "raw" / "ink")
+    bad = bad_pictures(tmp_path / "raw" / "ink")
+    report = preprocess(make_config(tmp_path, {"training.num_workers": workers}), cpu, quiet=True)
+    assert report.encoded == len(good)
+    assert sorted(line.split(": ")[0] for line in report.skipped) == [str(tmp_path / "raw" / "ink" / n) for n in bad]
+    assert not any("\n" in line for line in report.skipped)
+    assert sorted(entries(tmp_path / "latents")) == [f"ink/{name}.pt" for name in good]
+    red = load_autoencoder("dct", cpu).encode(torch.tensor([1.0, -1, -1])[:, None, None].expand(1, 3, 16, 16))[0]
+    for name in ("one", "strip"):
+        torch.testing.assert_close(entries(tmp_path / "latents")[f"ink/{name}.png.pt"]["latent"], red)
+
+
+def test_the_command_ends_with_status_1_after_a_bad_picture_and_0_without(store, make_config, capsys):
+    (store / "c.json").write_text(json.dumps(config_to_dict(make_config(store))))
+    args = build_parser().parse_args(["--config", str(store / "c.json"), "--device", "cpu"])
+    assert main(args) == 0
+    (store / "raw" / "ink" / "text.png").write_text("no picture")
+    capsys.readouterr()
+    assert main(args) == 1
+    shown = capsys.readouterr().out
+    assert f"skipped: {store / 'raw' / 'ink' / 'text.png'}: not a picture" in shown
+    assert "0 encoded, 20 kept, 0 removed" in shown
+
+
+def test_a_picture_that_turned_bad_leaves_the_store(store, make_config, cpu):
+    (store / "raw" / "ink" / "5.png").write_text("no longer a picture")
+    report = preprocess(make_config(store), cpu, quiet=True)
+    assert len(report.skipped) == 1 and report.kept == 19
+    assert "ink/5.png.pt" not in report.meta.split["train"] + report.meta.split["val"]
+    assert not (store / "latents" / "ink" / "5.png.pt").exists()
+
+
+#################################################################################
+#                                    Refusals                                   #
+#################################################################################
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"autoencoder.name": "dct:f4c16"}, "autoencoder dct:f4c12, not dct:f4c16"),
+        ({"data.image_size": 32}, "size 16, not 32"),
+        ({"data.image_size": 18}, "18: must be a multiple of 4"),
+        ({"data.num_classes": 3}, r"2 folders \(ink, oil\), but data.num_classes = 3"),
+        ({"data.raw_data_root": "no-such-folder"}, "no-such-folder: no such folder"),
+        ({"autoencoder.name": "dct:f4c999"}, "dct:f4c999"),
+    ],
+)
+def test_what_does_not_fit_the_store_is_refused_and_the_store_is_untouched(store, make_config, cpu, changes, message):
+    before = snapshot(store / "latents")
+    with pytest.raises(UserError, match=message):
+        preprocess(make_config(store, changes), cpu, quiet=True)
+    assert snapshot(store / "latents") == before
+
+
+def test_a_vanished_style_folder_is_refused_and_the_store_is_untouched(store, make_config, cpu):
+    before = snapshot(store / "latents")
+    shutil.rmtree(store / "raw" / "oil")
+    with pytest.raises(UserError, match="style folder oil has vanished; put it back, or delete"):
+        preprocess(make_config(store), cpu, quiet=True)
+    assert snapshot(store / "latents") == before
+
+
+def test_an_empty_style_is_named_and_the_store_is_untouched(store, make_config, cpu):
+    before = snapshot(store / "latents")
+    (store / "raw" / "water").mkdir()
+    (store / "raw" / "water" / "notes.txt").write_text("no pictures yet")
+    with pytest.raises(UserError, match=r"raw/water: holds no pictures \(\.jpg"):
+        preprocess(make_config(store), cpu, quiet=True)
+    assert snapshot(store / "latents") == before
+
+
+def test_a_folder_without_styles_is_named(tmp_path, make_config, cpu):
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(UserError, match="raw: holds no folders"):
+        preprocess(make_config(tmp_path), cpu, quiet=True)
+
+
+def test_a_style_of_broken_pictures_only_is_named_and_the_store_is_not_complete(tmp_path, draw, make_config, cpu):
+    for number in range(4):
+        draw(tmp_path / "raw" / "ink" / f"{number}.png", seed=number)
+    (tmp_path / "raw" / "oil").mkdir()
+    bad_pictures(tmp_path / "raw" / "oil")
+    with pytest.raises(UserError, match="oil: no picture of this style can be read"):
+        preprocess(make_config(tmp_path), cpu, quiet=True)
+    meta = read_meta(tmp_path / "latents")
+    assert meta is None or not meta.complete
+
+
+def test_hidden_folders_are_no_styles(store, make_config, cpu):
+    (store / "raw" / ".thumbnails").mkdir()
+    assert preprocess(make_config(store), cpu, quiet=True).kept == 20
+
+
+def test_an_unfinished_file_of_a_killed_run_is_cleared_away(store, make_config, cpu):
+    leftover = store / "latents" / "ink" / f".1.png.tmp{os.getpid() + 1}.pt"
+    leftover.write_bytes(b"half")
+    preprocess(make_config(store), cpu, quiet=True)
+    assert not leftover.exists()

@@ -1,0 +1,86 @@
+"""FID, KID and LPIPS with networks of random weights: enough to check what is computed from their features."""
+
+import pytest
+import torch
+
+from isonext.evaluation import perceptual
+from isonext.evaluation.metrics import frechet_distance, kernel_distance
+from isonext.evaluation.perceptual import ALEXNET, INCEPTION, Perceptual
+
+
+def pictures(seed: int, count: int = 4, side: int = 64) -> torch.Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A torch hub folder with networks of random weights under the names of the real ones."""
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torchvision = pytest.importorskip("torchvision")
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    network = extractor.FeatureExtractorInceptionV3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "load_state_dict", lambda self, state: None)
+        patch.setattr(extractor, "load_state_dict_from_url", lambda *_, **__: {})
+        weights = network("inception-v3-compat", ["2048"]).state_dict()
+    for weight in weights.values():  # or the features of 94 layers would vanish
+        if weight.ndim == 4:
+            torch.nn.init.kaiming_normal_(weight)
+    torch.save(weights, folder / "checkpoints" / INCEPTION)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), folder / "checkpoints" / ALEXNET)
+    return folder
+
+
+@pytest.fixture
+def measured(hub, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+    # torchvision checks the hash of a download in its name, not of a file that is there
+    return Perceptual(64)
+
+
+def test_without_the_weights_each_figure_has_a_line_that_says_where_they_belong(monkeypatch, tmp_path):
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    absent = Perceptual(64)
+    assert [line.split(" w")[0] for line in absent.missing] == ["FID and KID", "LPIPS"]
+    assert str(tmp_path / "checkpoints" / INCEPTION) in absent.missing[0]
+    assert str(tmp_path / "checkpoints" / ALEXNET) in absent.missing[1]
+    assert absent.figures(pictures(0), pictures(1), pictures(2)) == {}
+
+
+def test_without_the_packages_the_line_names_the_file_that_installs_them(monkeypatch):
+    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
+    lines = Perceptual(64).missing
+    assert all("requirements-eval.txt" in line for line in lines) and "torch_fidelity" in lines[0]
+
+
+def test_pictures_too_small_for_lpips_are_said_to_be(measured):
+    assert measured.missing == []
+    assert "64 px" in Perceptual(32).missing[0]
+
+
+def test_equal_pictures_are_at_no_distance_and_others_are(measured):
+    same = measured.figures(pictures(0), pictures(0), pictures(0))
+    assert same["fid"] == pytest.approx(0, abs=1e-3) and same["lpips_to_source"].tolist() == [0] * 4
+    other = measured.figures(pictures(0), pictures(1), pictures(2) / 4)
+    assert other["fid"] > 0.01 and other["kid"].mean > same["kid"].mean
+    assert other["lpips_to_source"].shape == (4,) and (other["lpips_to_source"] > 0).all()
+    assert measured.figures(pictures(0), pictures(1), pictures(2) / 4)["fid"] == other["fid"]  # nothing is left over
+
+
+def test_fid_and_kid_are_the_distances_of_the_networks_features_by_our_own_formulas(measured):
+    made, real = pictures(0), pictures(2) / 4
+    figures = measured.figures(made, pictures(1), real)
+    a, b = (measured.fid.inception(perceptual._bytes(each)).double() for each in (made, real))
+    assert figures["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-3)
+    assert figures["kid"].mean == pytest.approx(kernel_distance(a, b), rel=1e-3)  # every subset is the whole set
+
+
+def test_the_global_generator_is_left_as_it_was(measured):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    measured.figures(pictures(0), pictures(1), pictures(2))
+    assert torch.equal(torch.rand(1), expected)

@@ -1,0 +1,95 @@
+"""The estimates of cost.py against what the CPU's allocator did in a real step, by PyTorch's profiler."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from isonext.models.cost import Footprint, footprint, forward_flops, step_flops
+from model import DepthwiseConv, IsoNext
+
+SIZES = {
+    "small": {"latent_channels": 4, "hidden_dim": 32, "num_layers": 2, "num_groups": 8, "kernel_size": 5},
+    "deep": {"latent_channels": 12, "hidden_dim": 64, "num_layers": 6, "style_dim": 32, "time_dim": 32},
+    "wide": {"latent_channels": 4, "hidden_dim": 160, "num_layers": 3, "expansion": 2},
+}
+
+
+def measured_peak(model: IsoNext, side: int, pictures: int, bf16: bool, channels_last: bool) -> int:
+    """Bytes that the allocator had given out at most in the second micro-batch of a step, beside the state."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)
+
+    def micro_batch() -> None:
+        shape = (pictures, model.stem.in_channels, side, side)
+        x0, x1 = (torch.zeros(shape).contiguous(memory_format=layout) for _ in range(2))
+        t, style = torch.rand(pictures), torch.zeros(pictures, dtype=torch.int64)
+        xt = torch.lerp(x0, x1, t[:, None, None, None])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            v = model(xt, t, style)
+        (v - (x1 - x0)).square().flatten(1).mean(1).mean().backward()
+
+    micro_batch()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        micro_batch()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert most > now == 0  # all that was given out came back
+    return most
+
+
+@pytest.mark.parametrize("keep", ["all", "products", "input"])
+@pytest.mark.parametrize(("bf16", "channels_last"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(("name", "side", "pictures"), [("small", 16, 6), ("deep", 8, 16), ("wide", 24, 3)])
+def test_the_estimate_is_what_a_real_step_takes(name, side, pictures, bf16, channels_last, keep):
+    network = SIZES[name] | {"num_styles": 2}
+    model = IsoNext(**network, keep=keep)
+    estimate = footprint(
+        partial(IsoNext, **network), (network["latent_channels"], side, side), bf16, channels_last, keep
+    )
+    assert estimate.state == sum(5 * 4 * parameter.numel() for parameter in model.parameters())
+    expected = measured_peak(model, side, pictures, bf16, channels_last)
+    assert estimate.peak(pictures) - estimate.state == pytest.approx(expected, rel=0.15)
+
+
+def test_a_network_that_is_not_on_a_cpu_takes_as_much(monkeypatch):
+    """The depthwise convolution has a gradient of its own on a CPU; elsewhere PyTorch's saves as many bytes."""
+    network = SIZES["deep"] | {"num_styles": 2}
+    for keep in ("all", "products", "input"):
+        own = footprint(partial(IsoNext, **network), (12, 16, 16), True, True, keep)
+        with monkeypatch.context() as patch:
+            patch.setattr(DepthwiseConv, "forward", torch.nn.Conv2d.forward)
+            plain = footprint(partial(IsoNext, **network), (12, 16, 16), True, True, keep)
+        assert own.picture == pytest.approx(plain.picture, rel=0.02)
+
+
+def test_counting_neither_takes_memory_nor_draws_random_numbers():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    network = partial(IsoNext, latent_channels=4, num_styles=2, hidden_dim=1024, num_layers=4)
+    huge = footprint(network, (4, 512, 512), True, True, "products")
+    assert huge.peak(64) > 2**40  # 1 TiB, which this machine does not have
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_largest_micro_batch_is_the_last_whose_peak_fits():
+    line = Footprint(parameters=0, state=100, fixed=20, picture=30)
+    assert [line.largest(limit) for limit in (0, 119, 149, 150, 179, 180, 421)] == [0, 0, 0, 1, 1, 2, 10]
+    assert all(line.peak(line.largest(limit)) <= limit < line.peak(line.largest(limit) + 1) for limit in (150, 400))
+
+
+def test_the_operations_of_a_step_are_those_counted_by_hand():
+    # One cell: stem and head 9 * 2 * 8 = 144 multiply-adds each, a block 25 * 8 + 2 * 3 * 64 = 584, two of them.
+    with torch.device("meta"):
+        network = IsoNext(2, 3, hidden_dim=8, num_layers=2, kernel_size=5, num_groups=4, expansion=3)
+    assert step_flops(network, 5, (4, 4)) == 2 * 5 * 16 * (3 * (288 + 2 * 584) - 144)
+    assert forward_flops(network, 5, (4, 4)) == 2 * 5 * 16 * (288 + 2 * 584)
+    again = step_flops(network, 5, (4, 4), recompute=True)
+    assert again == 2 * 5 * 16 * (3 * 288 - 144 + 4 * 2 * 584)

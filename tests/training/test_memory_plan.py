@@ -1,0 +1,187 @@
+"""What `auto` comes to, and what `train.py --plan` prints."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from helpers import call, refused
+from isonext.checkpoint import build_model
+from isonext.config import TrainingConfig
+from isonext.models.cost import Footprint, step_flops
+from isonext.training import memory_plan
+from isonext.training.memory_plan import Cut, choose_cut, equal_pieces, needs_of, print_plan, reduced
+from model import count_parameters
+
+ALL = Footprint(parameters=0, state=0, fixed=0, picture=20)
+PLAIN = Footprint(parameters=0, state=0, fixed=0, picture=10)
+SAVING = Footprint(parameters=0, state=0, fixed=0, picture=2)
+
+
+def needs(keep: str) -> Footprint:
+    return {"all": ALL, "products": PLAIN, "input": SAVING}[keep]
+
+
+@pytest.mark.parametrize(
+    ("micro", "recompute", "share", "limit", "cut"),
+    [
+        ("auto", "auto", 64, 1280, Cut(64, "all")),  # all of it fits
+        ("auto", "auto", 64, 1279, Cut(64, "products")),
+        (16, False, 64, 320, Cut(16, "all")),
+        ("auto", "auto", 64, 90, Cut(8, "products")),  # 9 fit: enough
+        ("auto", "auto", 64, 80, Cut(8, "products")),
+        ("auto", "auto", 64, 79, Cut(32, "input")),  # 7 fit: too few; 39 with blocks recomputed
+        ("auto", "auto", 4, 45, Cut(4, "products")),  # few, but all there are
+        ("auto", "auto", 64, 1, Cut(1, "input")),  # nothing fits: the step itself will tell
+        ("auto", False, 64, 79, Cut(4, "products")),
+        ("auto", True, 64, 1000, Cut(64, "input")),
+        (16, "auto", 64, 160, Cut(16, "products")),
+        (16, "auto", 64, 159, Cut(16, "input")),
+        (2, "auto", 64, 20, Cut(2, "products")),
+        (100, "auto", 64, 640, Cut(64, "products")),
+        (None, "auto", 64, 639, Cut(64, "input")),
+        (None, False, 64, 1, Cut(64, "products")),  # said, so done
+        (16, True, 64, 1, Cut(16, "input")),
+    ],
+)
+def test_the_rule_of_auto(micro, recompute, share, limit, cut):
+    training = TrainingConfig(micro_batch_size=micro, gradient_checkpointing=recompute)
+    assert choose_cut(training, share, limit, needs) == cut
+
+
+def test_nothing_is_counted_where_nothing_is_left_to_choose():
+    training = TrainingConfig(micro_batch_size=4, gradient_checkpointing=True)
+    assert choose_cut(training, 64, 0, lambda keep: pytest.fail("counted")) == Cut(4, "input")
+
+
+@pytest.mark.parametrize(
+    ("share", "most", "size"), [(64, 64, 64), (64, 500, 64), (64, 63, 32), (64, 23, 16), (64, 1, 1), (64, 0, 1),
+                                (61, 30, 21), (60, 29, 20), (7, 3, 3), (1, 1, 1)]
+)  # fmt: skip
+def test_pieces_are_equal_where_there_need_not_be_twice_as_many(share, most, size):
+    assert equal_pieces(share, most) == size
+
+
+@pytest.mark.parametrize("share", range(1, 40))
+def test_pieces_never_exceed_what_fits_nor_are_twice_as_many_as_needed(share):
+    for most in range(1, 45):
+        size = equal_pieces(share, most)
+        assert 1 <= size <= most and -(-share // size) < 2 * -(-share // most)
+
+
+def test_what_is_tried_after_running_out_of_memory():
+    auto, fixed = TrainingConfig(), TrainingConfig(gradient_checkpointing=False)
+    tried = [Cut(9, "all")]
+    while cut := tried[-1].smaller(auto):
+        tried.append(cut)
+    assert tried == [Cut(9, "all"), *(Cut(n, "products") for n in (9, 5, 3, 2, 1)), Cut(1, "input")]
+    assert Cut(1, "input").smaller(auto) is None and Cut(1, "products").smaller(fixed) is None
+    assert Cut(2, "input").smaller(TrainingConfig(gradient_checkpointing=True)) == Cut(1, "input")
+
+
+def test_only_what_auto_has_cut_is_said():
+    assert reduced(TrainingConfig(), Cut(64, "products"), 64) == ""
+    assert reduced(TrainingConfig(), Cut(16, "input"), 64) == ", 16 pictures at once, blocks recomputed backwards"
+    assert reduced(TrainingConfig(micro_batch_size=16, gradient_checkpointing=True), Cut(16, "input"), 64) == ""
+
+
+#################################################################################
+#                                    --plan                                     #
+#################################################################################
+
+
+@pytest.fixture
+def printed(store, make_config, capsys):
+    """A function: (config changes, GiB) -> the lines of the plan."""
+
+    def lines(changes: dict | None = None, vram: float | None = 8.0) -> list[str]:
+        print_plan(make_config(store, changes), vram)
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_the_plan_of_a_store_has_its_figures(store, make_config, printed, monkeypatch):
+    monkeypatch.setattr(memory_plan, "read_latent", lambda path: pytest.fail("read a latent"), raising=False)
+    config, lines = make_config(store), printed()
+    meta = memory_plan.read_meta(store / "latents")
+    network = build_model(config, meta.latents)
+    parameters = count_parameters(network)
+    assert lines[0].startswith("isonext, D 16, N 1, BF16; latents 12 x 4 x 4 of 2 styles, from ")
+    assert lines[1].split() == ["parameters", f"{parameters / 1e6:.2f}", "M"]
+    assert "40 with mirrored ones" in lines[2] and f"{4 * 40 * 12 * 16 / 2**30:.3g} GiB" in lines[2]
+    flops = [step_flops(network, 4, (4, 4), recompute) / 1e12 for recompute in (False, False, True)]
+    table = dict(re.match(r"(\S.*?)  +(.*)", line).groups() for line in lines[4:9])
+    assert re.findall(r"(\S+) TFLOP", table["operations a step of 4"]) == [f"{value:.3g}" for value in flops]
+    assert table["most at once in 8 GiB"].split() == ["4", "4", "4"]
+    flags = "--set training.micro_batch_size=4 --set training.gradient_checkpointing=false"
+    assert lines[-1] == f"for 8 GiB: {flags}"
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_small_card_gets_the_flags_that_fit_it(store, make_config, printed, short):
+    deep = {"model.num_layers": 8}  # of few blocks, recomputing saves nothing
+    spec = memory_plan.read_meta(store / "latents").latents
+    needs = needs_of(make_config(store, deep), spec, True)
+    limit = needs("input").peak(2 if short else 4) * 1.0001
+    vram = (limit / memory_plan.USED + memory_plan.CONTEXT) / memory_plan.GIB
+    asked = {"training.micro_batch_size": 3, "training.gradient_checkpointing": False}
+    cut = choose_cut(TrainingConfig(), 4, limit, needs)
+    assert cut == Cut(2 if short else 4, "input")
+    assert printed(asked | deep, vram)[-1].endswith(
+        f"--set training.micro_batch_size={cut.pictures} --set training.gradient_checkpointing=true"
+    )
+
+
+def test_a_card_too_small_for_one_picture_is_told_so(printed):
+    assert printed(vram=0.5)[-1].startswith("not one picture fits 0.5 GiB: lower model.hidden_dim")
+
+
+def test_by_default_the_card_is_the_one_that_is_there_and_8_gib_where_there_is_none(printed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert printed(vram=None)[-1].startswith("for 8 GiB: ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**30, 24 * 2**30))
+    monkeypatch.setattr(memory_plan, "has_bf16", lambda device: False)
+    lines = printed(vram=None)
+    assert lines[-1].startswith("for 24 GiB: ") and "float32" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "latents"),
+    [
+        ({"autoencoder.name": "dct:f4c12"}, "12 x 4 x 4 of 2 styles"),
+        ({"autoencoder.name": "some/vae", "data.image_size": 64}, "4 x 8 x 8 of 2 styles"),
+        ({"autoencoder.name": "some/vae", "data.image_size": 64, "model.latent_channels": 16}, "16 x 8 x 8 of 2"),
+        ({"model.num_styles": 5}, "of 5 styles"),
+    ],
+)
+def test_without_a_store_the_config_is_counted_and_the_plan_says_so(tmp_path, printed, changes, latents):
+    lines = printed(changes | {"data.data_root": str(tmp_path / "none")})
+    assert latents in lines[0] and "no store at" in lines[0] and "preprocess_latents.py" in lines[0]
+    assert not (tmp_path / "none").exists() and "--set" in lines[-1]
+
+
+def test_a_store_that_is_not_finished_is_planned_with_and_said_to_be(store, printed):
+    meta = memory_plan.read_meta(store / "latents")
+    dataclasses.replace(meta, complete=False).write(store / "latents")
+    assert "has not finished" in printed()[0]
+
+
+def test_the_command_plans_and_touches_nothing(studio):
+    before = {path: path.stat().st_mtime_ns for path in studio.rglob("*")}
+    done = call(studio, "train.py", "--plan", "--vram", "8", "--set", "checkpoint.save_dir=new")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("for 8 GiB: --set training.micro_batch_size=8 ")
+    assert {path: path.stat().st_mtime_ns for path in studio.rglob("*")} == before
+
+
+@pytest.mark.parametrize("vram", ["0", "-1", "nan", "inf"])
+def test_memory_that_no_card_has_is_refused_in_one_line(within, vram):
+    refused(within("train", "--plan", "--vram", vram), "--vram", "GiB", "above 0")
+
+
+def test_vram_without_plan_and_a_config_that_contradicts_the_store_are_refused(within):
+    refused(within("train", "--vram", "8"), "--vram", "--plan")
+    refused(within("train", "--plan", "--set", "model.latent_channels=4"), "latent_channels = 4", "12")

@@ -1,0 +1,206 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers import ROOT
+from isonext.errors import UserError
+from isonext.utils.io import load_data, natural_order, remove_unfinished, written_whole
+
+
+@pytest.mark.parametrize("old", [None, b"old content"])
+def test_an_exception_leaves_nothing_behind_and_keeps_the_old_content(tmp_path, old):
+    path = tmp_path / "entry.png"
+    if old:
+        path.write_bytes(old)
+
+    def fail() -> None:
+        with written_whole(path) as beside:
+            beside.write_bytes(b"half of the n")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        fail()
+    assert [p.name for p in tmp_path.iterdir()] == (["entry.png"] if old else [])
+    assert not old or path.read_bytes() == old
+
+
+def test_a_block_that_succeeds_puts_the_whole_new_content_in_place(tmp_path):
+    path = tmp_path / "deep" / "er" / "a.b.png"
+    for content in (b"first", b"second, and longer"):
+        with written_whole(path) as beside:
+            assert beside.parent == path.parent and beside.suffix == ".png" and beside.name.startswith(".")
+            beside.write_bytes(content)
+            assert not path.exists() or path.read_bytes() == b"first"
+        assert path.read_bytes() == content
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "entry.bin"
+    path.write_bytes(b"old" * 1000)
+    code = (
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); from isonext.utils.io import written_whole\n"
+        f"with written_whole({str(path)!r}) as beside:\n"
+        "    file = open(beside, 'wb'); file.write(b'new' * 500); file.flush()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old" * 1000
+    assert len(list(tmp_path.iterdir())) == 2, "the half-written file lies beside, under another name"
+    (tmp_path / ".hidden").touch()
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "entry.bin"]
+
+
+#################################################################################
+#                                  Reading back                                 #
+#################################################################################
+
+
+class Payload:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, writer):
+    path, made = tmp_path / "evil.pt", tmp_path / "made"
+    content = {"latent": torch.zeros(1), "x": Payload(made)}
+    if writer == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match=r"evil\.pt: .*checkpoint"):
+        load_data(path, "checkpoint")
+    assert not made.exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
+    assert made.is_dir(), "the payload was a live one"
+
+
+def test_data_comes_back_as_it_was(tmp_path):
+    content = {"a": torch.arange(6.0).view(2, 3), "b": [1, 2.5, "x", None], "c": {"d": (1, 2)}}
+    torch.save(content, tmp_path / "a.pt")
+    loaded = load_data(tmp_path / "a.pt", "checkpoint")
+    assert torch.equal(loaded.pop("a"), content.pop("a"))
+    assert loaded == content
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, 100, 0.5, 0.9, -1])
+def test_a_truncated_file_is_one_line_with_its_path(tmp_path, kept):
+    path = tmp_path / "cut.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    with pytest.raises(UserError) as caught:
+        load_data(path, "checkpoint")
+    assert str(caught.value).startswith(f"{path}: ") and "checkpoint" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_in_a_weight_is_named(tmp_path):
+    path = tmp_path / "flipped.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(bytes(1000)) + 500] ^= 1  # torch itself would load this
+    path.write_bytes(damaged)
+    assert torch.load(path, weights_only=True)["a"].any()
+    with pytest.raises(UserError, match=r"flipped\.pt: damaged: the checksum of its part .*data/0 does not match"):
+        load_data(path, "checkpoint")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_no_flipped_bit_loads_as_other_data(tmp_path, place, bit):
+    path = tmp_path / "flipped.pt"
+    content = {"a": torch.arange(40.0), "b": [1, 2.5, "x"]}
+    torch.save(content, path)
+    damaged = bytearray(path.read_bytes())
+    damaged[int(place * len(damaged))] ^= 1 << bit
+    path.write_bytes(damaged)
+    try:
+        loaded = load_data(path, "checkpoint")
+    except UserError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    else:
+        assert torch.equal(loaded["a"], content["a"]) and loaded["b"] == content["b"]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is a text\n", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_another_kind_of_file_is_one_line_with_its_path(tmp_path, content):
+    path = tmp_path / "other.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"other\.pt: .*checkpoint"):
+        load_data(path, "checkpoint")
+
+
+def test_a_folder_and_a_missing_file_say_so(tmp_path):
+    with pytest.raises(UserError, match="is a folder, not a checkpoint"):
+        load_data(tmp_path, "checkpoint")
+    with pytest.raises(UserError, match=r"none\.pt: no such checkpoint"):
+        load_data(tmp_path / "none.pt", "checkpoint")
+
+
+#################################################################################
+#                                  Natural order                                #
+#################################################################################
+
+
+def test_numbers_in_names_count_as_numbers_and_case_does_not_matter():
+    names = ["User10", "user2", "user1", "B", "a", "C", "10", "9", "user2b", "user2a"]
+    expected = ["9", "10", "a", "B", "C", "user1", "user2", "user2a", "user2b", "User10"]
+    assert sorted(names, key=natural_order) == expected
+
+
+@settings(deadline=None)
+@given(prefix=st.text("abcXYZ-_ ", max_size=5), a=st.integers(0, 10**12), b=st.integers(0, 10**12))
+def test_after_the_same_letters_the_number_decides(prefix, a, b):
+    assert (natural_order(f"{prefix}{a}x") < natural_order(f"{prefix.upper()}{b}x")) == (
+        (a, f"{prefix}{a}x") < (b, f"{prefix.upper()}{b}x")
+    )
+
+
+NAMES = st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=8, unique=True)
+
+
+@settings(deadline=None)
+@given(names=NAMES)
+def test_any_mixture_of_digits_and_letters_can_be_sorted_into_one_order(names):
+    once = sorted(names, key=natural_order)
+    assert sorted(names[1:] + names[:1], key=natural_order) == once
+    assert sorted(once) == sorted(names)
+
+
+def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
+    path = tmp_path / ("a" * 251 + ".txt")
+    with written_whole(path) as beside:
+        beside.write_text("whole")
+    assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("content", [b"", b"P", b"PK\x03", b"text", b"\x80\x02."])
+def test_what_is_no_torch_file_is_named_so(tmp_path, content):
+    path = tmp_path / "broken.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.pt: damaged, or not a checkpoint$"):
+        load_data(path, "checkpoint")
+
+
+def test_the_format_before_torch_1_6_is_read_only_of_other_programs(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"a": torch.arange(4.0)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_data(path, "VAE checkpoint", foreign=True)["a"], torch.arange(4.0))
+    with pytest.raises(UserError, match=r"old\.pt: damaged, or not a checkpoint$"):
+        load_data(path, "checkpoint")
