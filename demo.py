@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 def measure(config: Config, pictures: Path, output: Path) -> tuple[str, list[Path]]:
     """The report on the last checkpoint as text, and the sheets and curves that it leaves in `output`."""
     from isonext.checkpoint import epoch_checkpoints
-    from isonext.evaluation.evaluator import Ruler, encode_styles, load_styles
+    from isonext.evaluation.evaluator import Evaluator, encode_styles, load_styles
     from isonext.evaluation.report import report_text, write_report
     from isonext.pipeline import load_pipeline, transfer_settings
     from isonext.training.log import plot_losses
@@ -66,15 +66,15 @@ def measure(config: Config, pictures: Path, output: Path) -> tuple[str, list[Pat
     if not checkpoints:
         raise UserError(f"{config.checkpoint.save_dir}: no checkpoint was written; delete {output} and run again")
     pipeline, _ = load_pipeline(checkpoints[-1], pick_device("auto"))
-    how = transfer_settings(config.inference)
+    settings = transfer_settings(config.inference)
     if config.training.compile:
         pipeline.compile()
     held = load_styles(pictures / "test", pipeline.spec.styles, pipeline.spec.image_size)
-    ruler = Ruler(pipeline, encode_styles(pipeline, Path(config.data.raw_data_root)), held, pairs=True)
-    results = [ruler.measure(pipeline, how, checkpoints[-1].name)]
-    sheets = write_report(ruler, results, output)
+    evaluator = Evaluator(pipeline, encode_styles(pipeline, Path(config.data.raw_data_root)), held, pairs=True)
+    results = [evaluator.measure(pipeline, settings, checkpoints[-1].name)]
+    sheets = write_report(evaluator, results, output)
     plot_losses(Path(config.checkpoint.save_dir) / "metrics.jsonl", output / "losses.png")
-    return report_text(ruler, results), [*sheets, output / "losses.png"]
+    return report_text(evaluator, results), [*sheets, output / "losses.png"]
 
 
 def build_parser() -> argparse.ArgumentParser:

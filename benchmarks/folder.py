@@ -26,9 +26,9 @@ def main(args: argparse.Namespace) -> int:
     pipeline, config = load_pipeline(args.checkpoint, pick_device(args.device))
     if config.training.compile:
         pipeline.compile()
-    how = transfer_settings(config.inference)
+    settings = transfer_settings(config.inference)
     styles, size = pipeline.spec.styles, args.batch_size
-    plan = Plan(pipeline, 0, [Target(styles[1], styles[1], 1)], how)
+    plan = Plan(pipeline, 0, [Target(styles[1], styles[1], 1)], settings)
     legs, folder, written = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         jobs = find_jobs(args.data, Path(scratch))
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
         first = next(load_batches(jobs[:size], pipeline, None, size, [])).latents
         for number in range(args.rounds + 1):  # the first one compiles
             started = time.perf_counter()
-            pipeline.transfer(first, 0, 1, how)
+            pipeline.transfer(first, 0, 1, settings)
             if pipeline.device.type == "cuda":
                 torch.cuda.synchronize(pipeline.device)
             legs.append(size / (time.perf_counter() - started))

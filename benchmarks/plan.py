@@ -99,8 +99,8 @@ def main(args: argparse.Namespace) -> int:
             f"--sizes {' '.join(args.sizes)}: each is written as DxNxSIDExPICTURES, e.g. 128x6x32x8"
         ) from None
     name = device_name(device)
-    how = f"{'BF16' if bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}"
-    print(f"{name}; {how}; peak of a training step in MiB, with weights, gradients, AdamW and average")
+    mode = f"{'BF16' if bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}"
+    print(f"{name}; {mode}; peak of a training step in MiB, with weights, gradients, AdamW and average")
     print(f"{'D x N x side x pictures':24s}{'kept':>14s}{'estimated':>11s}{'measured':>10s}{'error':>8s}")
     rows = []
     for size in sizes:

@@ -80,38 +80,38 @@ def measure(
     x1: Tensor,
     size: tuple[int, int],
     styles: tuple[int, int],
-    how: TransferSettings,
+    settings: TransferSettings,
     reference: Tensor,
 ) -> Row:
     a, b = styles
     started = time.perf_counter()
-    inverted = pipeline.invert(x1, a, how)
-    made = pipeline.generate(inverted, a, b, how)
+    inverted = pipeline.invert(x1, a, settings)
+    made = pipeline.generate(inverted, a, b, settings)
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
     seconds = time.perf_counter() - started
-    back = latents_of(pipeline.generate(inverted, a, a, how).end)
-    returned, certificate = pipeline.undo(made.end, a, b, how)[1], Certificate()
+    back = latents_of(pipeline.generate(inverted, a, a, settings).end)
+    returned, certificate = pipeline.undo(made.end, a, b, settings)[1], Certificate()
     certificate.compare(LatticeState.at_picture(x1), returned)
     generation = made.nfe - inverted.nfe
     return Row(
-        method=how.method + ("+fixed_point" if how.inversion == "fixed_point" else ""),
-        steps=how.num_steps,
+        method=settings.method + ("+fixed_point" if settings.inversion == "fixed_point" else ""),
+        steps=settings.num_steps,
         nfe=f"{generation}" if generation == inverted.nfe else f"{inverted.nfe}, {generation}",
         ms=seconds / 2 / len(x1) * 1e3,
-        back_rms=rms(back - on_lattice(x1, how)),
-        back_max=(back - on_lattice(x1, how)).abs().max().item(),
-        back_db=psnr(pipeline.decode(back, *size), pipeline.decode(on_lattice(x1, how), *size)).mean().item(),
-        aba_rms=rms(latents_of(returned) - on_lattice(x1, how)),
+        back_rms=rms(back - on_lattice(x1, settings)),
+        back_max=(back - on_lattice(x1, settings)).abs().max().item(),
+        back_db=psnr(pipeline.decode(back, *size), pipeline.decode(on_lattice(x1, settings), *size)).mean().item(),
+        aba_rms=rms(latents_of(returned) - on_lattice(x1, settings)),
         transfer_rms=rms(made.latents - reference),
         differ=certificate.differing,
         elements=certificate.elements,
     )
 
 
-def on_lattice(x1: Tensor, how: TransferSettings) -> Tensor:
+def on_lattice(x1: Tensor, settings: TransferSettings) -> Tensor:
     """What the method was given: alf starts from the nearest lattice point, 5e-7 away at most."""
-    return LatticeState.at_picture(x1).x if how.method == "alf" else x1
+    return LatticeState.at_picture(x1).x if settings.method == "alf" else x1
 
 
 def show(rows: list[Row]) -> None:

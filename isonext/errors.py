@@ -1,5 +1,10 @@
-"""The one error that a user sees."""
+"""The one error that a user sees, and what is told of those of others."""
 
 
 class UserError(Exception):
     """Bad input. Its one line says what was wrong, where, and what to do; the command exits with status 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says anything, or the name of its type where there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

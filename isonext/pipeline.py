@@ -4,6 +4,7 @@ encode: pixels -> standardised latents;   transfer: latents -> latents;   decode
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from isonext.config import Config, InferenceConfig
 from isonext.data.autoencoder import DctCodec, load_autoencoder, tiled
 from isonext.data.images import pad_to_multiple
 from isonext.data.store import LatentSpec
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.flow import transfer
 from isonext.flow.base import Base
 from isonext.flow.solvers import LatticeState
@@ -64,15 +65,15 @@ class Pipeline:
                     raise
                 self.compiled = False
                 self.model.uncompile()
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
                 return self.model(*inputs)
 
     @contextlib.contextmanager
-    def _fit_for(self, how: TransferSettings) -> Iterator[None]:
+    def _fit_for(self, settings: TransferSettings) -> Iterator[None]:
         """Within, true float32 where a fixed point is solved for: BF16 and TF32 are too coarse to converge."""
         before = self.bf16, torch.backends.cuda.matmul.allow_tf32
-        if how.inversion == "fixed_point":
+        if settings.inversion == "fixed_point":
             self.bf16 = False
             allow_tf32(False)
         try:
@@ -103,7 +104,7 @@ class Pipeline:
 
     def check_size(self, path: Path, size: tuple[int, int]) -> None:
         """UserError where the network cannot take a picture of this width and height; IsoNext takes any."""
-        cells, side = tuple(-(-length // self.codec.factor) for length in size[::-1]), self.spec.image_size
+        cells, side = tuple(math.ceil(length / self.codec.factor) for length in size[::-1]), self.spec.image_size
         if self.model.size not in (None, cells):
             raise UserError(
                 f"{path}: is {size[0]} x {size[1]} pixels, but this checkpoint's network (dit) takes {side} x {side} "
@@ -127,43 +128,45 @@ class Pipeline:
     #                            Latents -> latents                             #
     #############################################################################
 
-    def transfer(self, latents: Tensor, source: Style, target: Style, how: TransferSettings) -> Transfer:
+    def transfer(self, latents: Tensor, source: Style, target: Style, settings: TransferSettings) -> Transfer:
         """Standardised latents -> standardised latents."""
-        with self._fit_for(how):
-            return transfer.transfer(self, latents.to(self.device), *self._styles(len(latents), source, target), how)
+        with self._fit_for(settings):
+            return transfer.transfer(
+                self, latents.to(self.device), *self._styles(len(latents), source, target), settings
+            )
 
-    def invert(self, latents: Tensor, source: Style, how: TransferSettings) -> Inverted:
-        with self._fit_for(how):
-            return transfer.invert(self, latents.to(self.device), *self._styles(len(latents), source), how)
+    def invert(self, latents: Tensor, source: Style, settings: TransferSettings) -> Inverted:
+        with self._fit_for(settings):
+            return transfer.invert(self, latents.to(self.device), *self._styles(len(latents), source), settings)
 
-    def generate(self, inverted: Inverted, source: Style, target: Style, how: TransferSettings) -> Transfer:
-        with self._fit_for(how):
-            return transfer.generate(self, inverted, *self._styles(_count(inverted.state), source, target), how)
+    def generate(self, inverted: Inverted, source: Style, target: Style, settings: TransferSettings) -> Transfer:
+        with self._fit_for(settings):
+            return transfer.generate(self, inverted, *self._styles(_count(inverted.state), source, target), settings)
 
-    def sample(self, noise: Tensor, layout: Tensor, style: Tensor, how: TransferSettings) -> Tensor:
+    def sample(self, noise: Tensor, layout: Tensor, style: Tensor, settings: TransferSettings) -> Tensor:
         """White noise (see `Base.sample` for both) -> standardised latents of styles (B,)."""
-        with self._fit_for(how):
+        with self._fit_for(settings):
             x0 = self.base.sample(noise, layout).to(self.device)
-            return transfer.sample(self, x0, style.to(self.device), how)
+            return transfer.sample(self, x0, style.to(self.device), settings)
 
-    def undo(self, end: State, source: Style, target: Style, how: TransferSettings) -> tuple[State, State]:
+    def undo(self, end: State, source: Style, target: Style, settings: TransferSettings) -> tuple[State, State]:
         """The structure and the picture that a transfer started from, by running it backwards."""
-        with self._fit_for(how):
-            return transfer.undo(self, end, *self._styles(_count(end), source, target), how)[:2]
+        with self._fit_for(settings):
+            return transfer.undo(self, end, *self._styles(_count(end), source, target), settings)[:2]
 
     def keep_structure(
         self,
         latents: Tensor,  # (1, C, h, w)
         source: Style,
         target: Style,
-        how: TransferSettings,
+        settings: TransferSettings,
         score: Callable[[Tensor], float],
         floor: float,
     ) -> tuple[Transfer, TransferSettings, list[tuple[float, float]]]:
         """The strongest transfer whose score is `floor` or more: see `transfer.keep_structure`."""
-        with self._fit_for(how):
+        with self._fit_for(settings):
             styles = self._styles(1, source, target)
-            return transfer.keep_structure(self, latents.to(self.device), *styles, how, score, floor)
+            return transfer.keep_structure(self, latents.to(self.device), *styles, settings, score, floor)
 
     def between(self, a: int, b: int, share: float) -> Tensor:
         """The embedding (1, style_dim) at `share` of the way from style a to style b, both ends hit exactly."""

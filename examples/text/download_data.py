@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.utils.cli import new_parser, run
 from textflow.records import texts_of
 
@@ -102,7 +102,7 @@ def _records(remote: Remote, split: str, streaming: bool) -> Iterator[dict]:
         yield from load_dataset(remote.repo, remote.config, split=split, streaming=streaming, data_files=remote.file)
     except Exception as error:  # of the network, the hub, the format: many types, one answer
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{remote.repo}: could not be had from {hub} ({reason[:160]}); set HF_ENDPOINT to a mirror, or train on "
             "the built-in grammar (examples/text/data_config.json)"

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isonext.data import ldm_checkpoint
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.utils.device import autocast
 
 WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
@@ -81,7 +81,7 @@ def _load_vae(name: str) -> nn.Module:
         return vae
     except Exception as error:  # diffusers lets many types out of a broken folder; the answer is the same
         if Path(name).exists():
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"autoencoder {name}: this folder does not load ({reason}); {WAYS_OUT}") from None
         raise UserError(
             f"autoencoder {name}: no such local folder, not in the cache, and the hub was not reached; {WAYS_OUT}"

@@ -7,6 +7,7 @@ Where file names say train and val, that is the split; else it is made by hashes
 which autoencoder they are of: that, and the size of the pictures, are the config's.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def _read_statistics(path: Path, channels: int) -> tuple[list[float], list[float
 def _statistics(root: Path, meta: StoreMeta) -> tuple[list[float], list[float]]:
     """Those of the training split, mirrored copies included; of a very large one, of rows evenly spaced in it."""
     names = meta.split["train"]
-    names = names[:: -(-len(names) // ENOUGH)]
+    names = names[:: math.ceil(len(names) / ENOUGH)]
     print(f"{root}: no {STATISTICS}; mean and deviation are computed from {len(names)} training latents")
     parts = (torch.from_numpy(part) for _, _, part in sharded(root, meta, names).parts())
     mean, std = channel_statistics(parts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.utils.io import load_data
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged, or not a VAE checkpoint ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: damaged, or not a VAE checkpoint ({first_line(error)})") from None
 
 
 def build(weights: dict[str, Tensor], path: str | Path) -> "AutoencoderKL":

@@ -240,7 +240,9 @@ def encode(
     length = plan.length if plan else BATCH
     pieces = [range(len(todo))[start : start + length] for start in range(0, len(todo), length)]
     own = [p[start : start + BATCH] for p in pieces[rank() :: distributed.world()] for start in range(0, len(p), BATCH)]
-    workers = min(config.training.num_workers, len(own) * BATCH, -(-(os.cpu_count() or 1) // distributed.local_world()))
+    workers = min(
+        config.training.num_workers, len(own) * BATCH, math.ceil((os.cpu_count() or 1) / distributed.local_world())
+    )
     loader = DataLoader(
         SquarePictures([path for _, path in todo], config.data.image_size),
         batch_sampler=own,

@@ -10,6 +10,7 @@ appears whole or not at all, and is made again only without the rows whose pictu
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.utils.io import natural_order, written_whole
 
 SHARD_BYTES = 2**26  # of latents; what a kill can cost at most, and many times what a read costs to begin
@@ -81,7 +82,7 @@ def read_shard(path: Path) -> Shard:
             tensors = {name: file.get_tensor(name) for name in ("latents", "latents_flip", *LABELS) if name in names}
             pictures = json.loads((file.metadata() or {}).get("pictures", "{}"))
     except (SafetensorError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{path}: damaged, or no safetensors file ({reason}); copy it anew, or run preprocess_latents.py again"
         ) from None
@@ -192,7 +193,7 @@ def plan_shards(root: Path, count: int, row_bytes: int, batch: int, styles: list
     length = max(1, SHARD_BYTES // (row_bytes * batch)) * batch
     taken = {path.name for path in shard_paths(root, OURS)}
     free = (name for number in itertools.count() if (name := f"latents-{number:05}.safetensors") not in taken)
-    return ShardPlan(list(itertools.islice(free, -(-count // length))), length, styles)
+    return ShardPlan(list(itertools.islice(free, math.ceil(count / length))), length, styles)
 
 
 def tidy(root: Path, wanted: Callable[[str, list[int]], bool], copies: int, styles: list[str]) -> set[str]:

@@ -1,9 +1,10 @@
 """What a checkpoint's transfers are worth on held-out pictures: every figure of evaluate.py, with its uncertainty.
 
-A `Ruler` is made once from the training and the test pictures; it then measures any checkpoint and settings.
+A `Evaluator` is made once from the training and the test pictures; it then measures any checkpoint and settings.
 """
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,7 @@ def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None
         raise UserError(f"{folder}: no pictures of style {folder.name}; --data needs a folder for each style")
 
 
-class Ruler:
+class Evaluator:
     """Training latents and test pictures, a style classifier, and what the autoencoder alone loses."""
 
     def __init__(
@@ -159,7 +160,7 @@ class Ruler:
         # The classifier sees pictures that went through the codec, so that its blur does not pass for a style.
         size = (pipeline.spec.image_size,) * 2
         most = max(16, CLASSIFIED // (3 * size[0] ** 2 * len(self.styles)))
-        some = [train[style][:: -(-len(train[style]) // most)] for style in self.styles]
+        some = [train[style][:: math.ceil(len(train[style]) / most)] for style in self.styles]
         seen = [_decode(pipeline, each, size) for each in some]
         labels = [torch.full((len(part),), number) for number, part in enumerate(seen)]
         self.classifier: StyleClassifier = train_style_classifier(torch.cat(seen), torch.cat(labels), len(seen))
@@ -173,19 +174,19 @@ class Ruler:
     def measure(
         self,
         pipeline: Pipeline,
-        how: TransferSettings,
+        settings: TransferSettings,
         name: str,
         directions: list[tuple[str, str]] | None = None,  # all ordered pairs if None
         quick: bool = False,  # no way back: neither the certificate nor the cycle, which are half of the work
         quiet: bool | None = None,
     ) -> Evaluation:
         """Transfer the test pictures of every style to every other and measure."""
-        result, structures = Evaluation(name, how, self.pairs), {}
+        result, structures = Evaluation(name, settings, self.pairs), {}
         directions = directions or list(permutations(self.styles, 2))
         with tqdm(total=len(directions), desc=name or "evaluating", unit="direction", disable=quiet) as bar:
             for source in dict.fromkeys(source for source, _ in directions):
                 targets = [target for each, target in directions if each == source]
-                done, structures[source] = self._transfer(pipeline, how, source, targets, quick, bar)
+                done, structures[source] = self._transfer(pipeline, settings, source, targets, quick, bar)
                 size = (pipeline.spec.image_size,) * 2
                 for target, made in done.items():
                     results = _decode(pipeline, torch.cat(made.latents), size)
@@ -195,7 +196,7 @@ class Ruler:
         return result
 
     def _transfer(
-        self, pipeline: Pipeline, how: TransferSettings, source: str, targets: list[str], quick: bool, bar: tqdm
+        self, pipeline: Pipeline, settings: TransferSettings, source: str, targets: list[str], quick: bool, bar: tqdm
     ) -> tuple[dict[str, _Transfers], Tensor | None]:
         """All test pictures of a style to every target, and their structures x0 (N, C, h, w), None for flowedit.
 
@@ -205,20 +206,22 @@ class Ruler:
         batches = _stack(self.test[source]).split(BATCH)
         for part in batches:
             x1 = pipeline.encode(part)
-            inverted = None if how.method == "flowedit" else pipeline.invert(x1, a, how)
+            inverted = None if settings.method == "flowedit" else pipeline.invert(x1, a, settings)
             if inverted:
                 structures.append(latents_of(inverted.state).cpu())
             for target, so_far in done.items():
                 b = self.styles.index(target)
-                made = pipeline.generate(inverted, a, b, how) if inverted else pipeline.transfer(x1, a, b, how)
+                made = (
+                    pipeline.generate(inverted, a, b, settings) if inverted else pipeline.transfer(x1, a, b, settings)
+                )
                 so_far.latents.append(made.latents.cpu())
                 bar.update(1 / len(batches))
                 if quick:
                     continue
-                again = pipeline.transfer(made.latents, b, a, how).latents
+                again = pipeline.transfer(made.latents, b, a, settings).latents
                 so_far.cycles.append((again - x1).square().flatten(1).mean(1).sqrt().cpu())
                 if inverted:
-                    so_far.trips.compare(LatticeState.at_picture(x1), pipeline.undo(made.end, a, b, how)[1])
+                    so_far.trips.compare(LatticeState.at_picture(x1), pipeline.undo(made.end, a, b, settings)[1])
         return done, torch.cat(structures) if structures else None
 
     def _direction(self, source: str, target: str, made: _Transfers, results: Tensor) -> Direction:

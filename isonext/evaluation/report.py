@@ -1,12 +1,13 @@
 """The report of evaluate.py: tables, contact sheets, and the plot of style against structure."""
 
 import json
+import math
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 from isonext.data import images
-from isonext.evaluation.evaluator import Direction, Evaluation, Ruler
+from isonext.evaluation.evaluator import Direction, Evaluation, Evaluator
 from isonext.evaluation.metrics import Estimate
 from isonext.flow.transfer import TransferSettings
 from isonext.utils.io import written_whole
@@ -54,12 +55,12 @@ SWEEP = (
 )
 
 
-def report_text(ruler: Ruler, results: list[Evaluation]) -> str:
+def report_text(evaluator: Evaluator, results: list[Evaluation]) -> str:
     """Markdown: for one evaluation every figure by direction, for several the means over directions, a line each."""
     lines = [
-        f"classifier accuracy on held-out pictures (ceiling of style success): {ruler.classifier_accuracy}",
-        f"autoencoder alone (ceiling of every picture-level figure): {ruler.reconstruction_psnr} dB",
-        *(ruler.perceptual.missing if ruler.perceptual else ()),
+        f"classifier accuracy on held-out pictures (ceiling of style success): {evaluator.classifier_accuracy}",
+        f"autoencoder alone (ceiling of every picture-level figure): {evaluator.reconstruction_psnr} dB",
+        *(evaluator.perceptual.missing if evaluator.perceptual else ()),
         "",
     ]
     if len(results) > 1:
@@ -131,12 +132,12 @@ def front(points: list[tuple[float, float]]) -> set[int]:
     return {number for number, point in enumerate(points) if not dominated(*point)}
 
 
-def write_report(ruler: Ruler, results: list[Evaluation], folder: Path) -> list[Path]:
+def write_report(evaluator: Evaluator, results: list[Evaluation], folder: Path) -> list[Path]:
     """metrics.json and report.md; contact sheets for one evaluation, front.png for several. Returns the pictures."""
     tree = {
-        "classifier_accuracy": asdict(ruler.classifier_accuracy),
-        "reconstruction_psnr": asdict(ruler.reconstruction_psnr),
-        "not_measured": ruler.perceptual.missing if ruler.perceptual else [],
+        "classifier_accuracy": asdict(evaluator.classifier_accuracy),
+        "reconstruction_psnr": asdict(evaluator.reconstruction_psnr),
+        "not_measured": evaluator.perceptual.missing if evaluator.perceptual else [],
         "results": [
             {
                 "name": each.name,
@@ -155,7 +156,7 @@ def write_report(ruler: Ruler, results: list[Evaluation], folder: Path) -> list[
         beside.write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")
     with written_whole(folder / "report.md") as beside:
         settings = "\n".join(f"{each.name}: {_settings(each.settings)}" for each in results)
-        beside.write_text(f"{settings}\n\n{report_text(ruler, results)}\n", encoding="utf-8")
+        beside.write_text(f"{settings}\n\n{report_text(evaluator, results)}\n", encoding="utf-8")
     if len(results) > 1:
         plot_front(results, folder / "front.png")
         return [folder / "front.png"]
@@ -170,7 +171,7 @@ def save_sheet(direction: Direction, folder: Path, count: int = 8, across: int =
     if len(order) > across * count:
         chosen = [*order[:count], *order[middle : middle + count], *order[-count:]]
     across = min(across, len(chosen))
-    height = -(-len(chosen) // across)
+    height = math.ceil(len(chosen) / across)
     columns = [chosen[start : start + height] for start in range(0, len(chosen), height)]
     lines = [list(chain(*(direction.rows[column[y]] for column in columns if y < len(column)))) for y in range(height)]
     titles = [direction.source, f"as {direction.target}"] + (["true pair"] if len(direction.rows[0]) == 3 else [])
@@ -216,5 +217,5 @@ def _plain(figures: dict[str, Estimate | float | int]) -> dict:
     return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in figures.items()}
 
 
-def _settings(how: TransferSettings) -> str:
-    return ", ".join(f"{name} {value}" for name, value in asdict(how).items())
+def _settings(settings: TransferSettings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in asdict(settings).items())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from isonext.flow.guidance import Field
+from isonext.flow.guidance import GuidedField
 from isonext.flow.loss import flow_loss
 from isonext.flow.solvers import LatticeState, leapfrog_leg, time_grid
 from isonext.models.cost import footprint
@@ -83,10 +83,10 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
     b, grid = (a + 1) % STYLES, time_grid(20)
     with autocast(device, True):
         start = LatticeState.at_picture(x1)
-        base = leapfrog_leg(Field(model, a), start, grid[::-1])
-        back = leapfrog_leg(Field(model, a), base, grid)
-        moved = leapfrog_leg(Field(model, b), base, grid)
-        home = leapfrog_leg(Field(model, a), leapfrog_leg(Field(model, b), moved, grid[::-1]), grid)
+        base = leapfrog_leg(GuidedField(model, a), start, grid[::-1])
+        back = leapfrog_leg(GuidedField(model, a), base, grid)
+        moved = leapfrog_leg(GuidedField(model, b), base, grid)
+        home = leapfrog_leg(GuidedField(model, a), leapfrog_leg(GuidedField(model, b), moved, grid[::-1]), grid)
     for name, end in (("picture -> structure -> picture", back), ("style a -> b -> a", home)):
         differing = int((end.position != start.position).sum() + (end.defect != start.defect).sum())
         check(f"{name}, 20 steps, BF16 network, bit for bit", differing == 0, f"{differing} elements differ")

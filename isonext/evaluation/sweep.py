@@ -12,7 +12,7 @@ from tqdm import tqdm
 from isonext.config import Config, apply_overrides, config_from_dict, config_to_dict
 from isonext.data.store import open_store
 from isonext.errors import UserError
-from isonext.evaluation.evaluator import Pictures, Ruler, encode_styles, load_styles
+from isonext.evaluation.evaluator import Evaluator, Pictures, encode_styles, load_styles
 from isonext.evaluation.perceptual import Perceptual
 from isonext.evaluation.report import report_text, write_report
 from isonext.flow.transfer import TransferSettings
@@ -84,19 +84,19 @@ def evaluate(args: argparse.Namespace) -> int:
         raise UserError(f"--limit {args.limit}: must be 1 or more")
     loaded = load_all(args)
     runs = [
-        (name, pipeline, how)
+        (name, pipeline, settings)
         for name, pipeline, config in loaded
-        for how in swept_settings(args, config_to_dict(config))
+        for settings in swept_settings(args, config_to_dict(config))
     ]
     _, pipeline, trained = loaded[0]
     config = config_from_dict(apply_overrides(config_to_dict(trained), args.overrides), where="--set")
     perceptual = None if args.quick else Perceptual(pipeline.spec.image_size)
-    ruler = Ruler(pipeline, *load_pictures(args, config, pipeline), args.pairs, perceptual)
+    evaluator = Evaluator(pipeline, *load_pictures(args, config, pipeline), args.pairs, perceptual)
     results = [
-        ruler.measure(pipeline, how, name, quick=args.quick)
-        for name, pipeline, how in tqdm(runs, desc="evaluations", disable=len(runs) == 1 or None)
+        evaluator.measure(pipeline, settings, name, quick=args.quick)
+        for name, pipeline, settings in tqdm(runs, desc="evaluations", disable=len(runs) == 1 or None)
     ]
-    pictures = write_report(ruler, results, args.output)
-    print(report_text(ruler, results))
+    pictures = write_report(evaluator, results, args.output)
+    print(report_text(evaluator, results))
     print(f"written to {args.output}; look at {', '.join(path.name for path in pictures)}")
     return 0

@@ -56,11 +56,11 @@ class Certificate:
         )
 
 
-def likely_cause(how: TransferSettings) -> str:
-    if how.inversion == "fixed_point":
+def likely_cause(settings: TransferSettings) -> str:
+    if settings.inversion == "fixed_point":
         return "a fixed point comes back to its tolerance, not to the bit; --method alf does"
-    if how.method != "alf":
-        return f"{how.method} is not its own inverse; --method alf is"
+    if settings.method != "alf":
+        return f"{settings.method} is not its own inverse; --method alf is"
     return "the network gave other bits for the same input: kernels that are not deterministic, or another batch shape"
 
 

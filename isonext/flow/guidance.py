@@ -6,7 +6,7 @@ from torch import Tensor
 from isonext.flow.loss import Model
 
 
-class Field:
+class GuidedField:
     """The velocity field of one leg: `field(x, t)` with t a number, guided where asked; counts its evaluations.
 
         v = v_style                                          at scale 1 or outside the interval: one forward

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from isonext.flow.guidance import Field
+from isonext.flow.guidance import GuidedField
 from isonext.flow.loss import Model
 from isonext.flow.solvers import (
     ONE_STEP_METHODS,
@@ -49,13 +49,13 @@ class TransferSettings:
         """The times of the generation leg; the inversion takes them from the end."""
         return time_grid(self.num_steps, 1 - self.strength, 1.0, self.time_grid, self.time_shift)[self.skip :]
 
-    def legs(self, model: Model, source: Tensor, target: Tensor) -> tuple[Field, Field]:
+    def legs(self, model: Model, source: Tensor, target: Tensor) -> tuple[GuidedField, GuidedField]:
         """The fields of the inversion and of the generation leg."""
         reference = (
             source if self.guidance == "source" else torch.full((len(source),), model.null_style, device=source.device)
         )
-        guided = Field(model, target, self.cfg_scale, reference, self.cfg_interval, self.cfg_rescale)
-        return Field(model, source), guided
+        guided = GuidedField(model, target, self.cfg_scale, reference, self.cfg_interval, self.cfg_rescale)
+        return GuidedField(model, source), guided
 
 
 @dataclass
@@ -82,52 +82,52 @@ def latents_of(state: State) -> Tensor:
 
 
 @torch.inference_mode()
-def transfer(model: Model, x1: Tensor, source: Tensor, target: Tensor, how: TransferSettings) -> Transfer:
+def transfer(model: Model, x1: Tensor, source: Tensor, target: Tensor, settings: TransferSettings) -> Transfer:
     """x1 (B, C, h, w) standardised latents of style `source` (B,) -> the same pictures in style `target` (B,).
 
-    `model` has `null_style`, the id that stands for a dropped label, and for flowedit `x0`, its base (see flow/base.py).
+    `model` has `null_style`, the id that stands for a dropped label, and for flowedit `x0`, its base (base.py).
     A target may be an embedding.
     """
-    if how.method == "flowedit":
-        return _flowedit(model, x1, source, target, how)
-    return generate(model, invert(model, x1, source, how), source, target, how)
+    if settings.method == "flowedit":
+        return _flowedit(model, x1, source, target, settings)
+    return generate(model, invert(model, x1, source, settings), source, target, settings)
 
 
 @torch.inference_mode()
-def invert(model: Model, x1: Tensor, source: Tensor, how: TransferSettings) -> Inverted:
+def invert(model: Model, x1: Tensor, source: Tensor, settings: TransferSettings) -> Inverted:
     """The inversion leg: latents (B, C, h, w) of style `source` (B,) to their structure."""
-    field = Field(model, source)
-    state, residual = _run_leg(field, _start(x1, how), how.grid[::-1], how)
+    field = GuidedField(model, source)
+    state, residual = _run_leg(field, _start(x1, settings), settings.grid[::-1], settings)
     return Inverted(state, field.nfe, residual)
 
 
 @torch.inference_mode()
-def generate(model: Model, inverted: Inverted, source: Tensor, target: Tensor, how: TransferSettings) -> Transfer:
+def generate(model: Model, inverted: Inverted, source: Tensor, target: Tensor, settings: TransferSettings) -> Transfer:
     """The generation leg: structure to latents of style `target` (B,), or of an embedding (B, style_dim)."""
-    field = how.legs(model, source, target)[1]
-    end, _ = _run_leg(field, inverted.state, how.grid, how)
-    latents = _finished(latents_of(end), how)
+    field = settings.legs(model, source, target)[1]
+    end, _ = _run_leg(field, inverted.state, settings.grid, settings)
+    latents = _finished(latents_of(end), settings)
     return Transfer(latents, inverted.nfe + field.nfe, inverted.state, end, inverted.residual)
 
 
 @torch.inference_mode()
-def sample(model: Model, x0: Tensor, style: Tensor, how: TransferSettings) -> Tensor:
+def sample(model: Model, x0: Tensor, style: Tensor, settings: TransferSettings) -> Tensor:
     """A leg from the base: x0 (B, C, ...) -> latents of `style` (B,), guided against the null style."""
     null = torch.full((len(style),), model.null_style, device=style.device)
-    field = Field(model, style, how.cfg_scale, null, how.cfg_interval, how.cfg_rescale)
-    end, _ = _run_leg(field, _start(x0, how), how.grid, how)
-    return _finished(latents_of(end), how)
+    field = GuidedField(model, style, settings.cfg_scale, null, settings.cfg_interval, settings.cfg_rescale)
+    end, _ = _run_leg(field, _start(x0, settings), settings.grid, settings)
+    return _finished(latents_of(end), settings)
 
 
 @torch.inference_mode()
 def undo(
-    model: Model, end: State, source: Tensor, target: Tensor, how: TransferSettings
+    model: Model, end: State, source: Tensor, target: Tensor, settings: TransferSettings
 ) -> tuple[State, State, Tensor | None]:
     """A transfer run backwards: the states at its structure and at its picture, and a fixed point's residual (B,)."""
-    inversion, generation = how.legs(model, source, target)
-    free = replace(how, latent_clamp=None)  # a clamp has no way back
-    start, residual = _run_leg(generation, end, how.grid[::-1], free)
-    return start, _run_leg(inversion, start, how.grid, free)[0], residual
+    inversion, generation = settings.legs(model, source, target)
+    free = replace(settings, latent_clamp=None)  # a clamp has no way back
+    start, residual = _run_leg(generation, end, settings.grid[::-1], free)
+    return start, _run_leg(inversion, start, settings.grid, free)[0], residual
 
 
 @torch.inference_mode()
@@ -136,7 +136,7 @@ def keep_structure(
     x1: Tensor,  # (1, C, h, w): one picture, since each has a strength of its own
     source: Tensor,
     target: Tensor,
-    how: TransferSettings,  # its strength is the most that is tried
+    settings: TransferSettings,  # its strength is the most that is tried
     score: Callable[[Tensor], float],  # of latents (1, C, h, w): how much of the picture's structure is left
     floor: float,
 ) -> tuple[Transfer, TransferSettings, list[tuple[float, float]]]:
@@ -146,22 +146,22 @@ def keep_structure(
     its states are kept: a trial costs a generation leg (and for alf one evaluation more). Where no step may be taken
     the picture itself is returned.
     """
-    field, grid, trail = Field(model, source), how.grid, []
-    _run_leg(field, _start(x1, how), grid[::-1], how, trail)
+    field, grid, trail = GuidedField(model, source), settings.grid, []
+    _run_leg(field, _start(x1, settings), grid[::-1], settings, trail)
     trail = [*reversed(trail), None]  # at each time of the grid
     made, scores = {}, {}
 
     def inverted(skip: int) -> Inverted:
-        solved = how.inversion == "fixed_point"
+        solved = settings.inversion == "fixed_point"
         if trail[skip] is None:
-            return Inverted(_start(x1, how), 0, torch.zeros(len(x1), device=x1.device) if solved else None)
-        if how.method == "alf":
+            return Inverted(_start(x1, settings), 0, torch.zeros(len(x1), device=x1.device) if solved else None)
+        if settings.method == "alf":
             x, w = trail[skip]
             return Inverted(LatticeState(x, w - to_lattice(field(from_lattice(x), grid[skip]))), 0)
         return Inverted(trail[skip][0], 0, trail[skip][1]) if solved else Inverted(trail[skip], 0)
 
     def passes(skip: int) -> bool:
-        cut = replace(how, skip=how.skip + skip)
+        cut = replace(settings, skip=settings.skip + skip)
         made[skip] = generate(model, inverted(skip), source, target, cut)
         scores[skip] = score(made[skip].latents)
         return scores[skip] >= floor
@@ -172,47 +172,47 @@ def keep_structure(
         passes(skip)
     nfe = field.nfe + sum(each.nfe for each in made.values())
     tried = [(1 - grid[skip], score) for skip, score in scores.items()]
-    return replace(made[skip], nfe=nfe), replace(how, skip=how.skip + skip), tried
+    return replace(made[skip], nfe=nfe), replace(settings, skip=settings.skip + skip), tried
 
 
 def _run_leg(
-    field: Field, state: State, grid: list[float], how: TransferSettings, trail: list | None = None
+    field: GuidedField, state: State, grid: list[float], settings: TransferSettings, trail: list | None = None
 ) -> tuple[State, Tensor | None]:
     """One leg either way, and the residual (B,) of a solved one; a falling grid leads towards the structure."""
-    if how.method == "alf":
+    if settings.method == "alf":
         return leapfrog_leg(field, state, grid, trail), None
-    if how.inversion == "explicit":
-        return integrate(field, state, grid, how.method, how.latent_clamp, trail), None
+    if settings.inversion == "explicit":
+        return integrate(field, state, grid, settings.method, settings.latent_clamp, trail), None
     if grid[0] >= grid[-1]:
-        return integrate_back(field, state, grid, how.method, how.tolerance, trail)
-    return integrate(field, state, grid, how.method, None, trail), None  # a clamp would not be solved for
+        return integrate_back(field, state, grid, settings.method, settings.tolerance, trail)
+    return integrate(field, state, grid, settings.method, None, trail), None  # a clamp would not be solved for
 
 
-def _start(x: Tensor, how: TransferSettings) -> State:
-    return LatticeState.at_picture(x) if how.method == "alf" else x
+def _start(x: Tensor, settings: TransferSettings) -> State:
+    return LatticeState.at_picture(x) if settings.method == "alf" else x
 
 
-def _finished(latents: Tensor, how: TransferSettings) -> Tensor:
+def _finished(latents: Tensor, settings: TransferSettings) -> Tensor:
     check_finite(latents.abs().amax())
-    return latents if how.latent_clamp is None else latents.clamp(-how.latent_clamp, how.latent_clamp)
+    return latents if settings.latent_clamp is None else latents.clamp(-settings.latent_clamp, settings.latent_clamp)
 
 
-def _flowedit(model: Model, x1: Tensor, source: Tensor, target: Tensor, how: TransferSettings) -> Transfer:
+def _flowedit(model: Model, x1: Tensor, source: Tensor, target: Tensor, settings: TransferSettings) -> Transfer:
     """FlowEdit (Kulikov et al., arXiv:2412.08629, algorithm 1): the two styles' difference along noised pictures.
 
     No inversion: z starts at the picture and moves by v_b(z + z_src - x1) - v_a(z_src), z_src = t x1 + (1 - t) x0, the
     mean over `noise_samples` x0 of the base, whose noise is the same for every picture and step. Equal styles change
     nothing.
     """
-    of_source, of_target = how.legs(model, source, target)
-    generator = torch.Generator().manual_seed(how.seed)
-    noises = torch.randn(how.noise_samples, 1, *x1.shape[1:], generator=generator).to(x1.device)
+    of_source, of_target = settings.legs(model, source, target)
+    generator = torch.Generator().manual_seed(settings.seed)
+    noises = torch.randn(settings.noise_samples, 1, *x1.shape[1:], generator=generator).to(x1.device)
     z = x1
     bases = [model.x0(noise.expand_as(x1), x1, source) for noise in noises]
-    for a, b in pairwise(how.grid):
+    for a, b in pairwise(settings.grid):
         change = torch.zeros_like(x1)
         for x0 in bases:
             noisy = a * x1 + (1 - a) * x0
             change += of_target(noisy + (z - x1), a) - of_source(noisy, a)
         z = z + (b - a) / len(noises) * change
-    return Transfer(_finished(z, how), of_source.nfe + of_target.nfe, None, None)
+    return Transfer(_finished(z, settings), of_source.nfe + of_target.nfe, None, None)

@@ -1,5 +1,6 @@
 """A batch of pictures through a transfer: made, certified, kept, saved; and the report of it."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Plan:
     pipeline: Pipeline
     source: int
     targets: list[Target]
-    how: TransferSettings
+    settings: TransferSettings
     floor: float | None = None  # --min_structure
     compare: bool = False
     keep: Path | None = None  # --save_structure
@@ -76,17 +77,17 @@ class Report:
 
 def make(batch: Loaded, plan: Plan, report: Report) -> list[Transfer]:
     """The transfers of a batch, one a target; certified and kept where that was asked for."""
-    pipeline, source, how = plan.pipeline, plan.source, plan.how
-    used, once = [how] * len(plan.targets), 0
+    pipeline, source, settings = plan.pipeline, plan.source, plan.settings
+    used, once = [settings] * len(plan.targets), 0
     if plan.floor is not None:
         made, used = zip(*(find_strength(batch, plan, target, report) for target in plan.targets), strict=True)
-    elif how.method == "flowedit":
-        made = [pipeline.transfer(batch.latents, source, target.style, how) for target in plan.targets]
+    elif settings.method == "flowedit":
+        made = [pipeline.transfer(batch.latents, source, target.style, settings) for target in plan.targets]
     else:
-        inverted = pipeline.invert(batch.latents, source, how)
-        made = [pipeline.generate(inverted, source, target.style, how) for target in plan.targets]
+        inverted = pipeline.invert(batch.latents, source, settings)
+        made = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
         once = inverted.nfe  # which the transfers share
-    note_residual(batch, made[0], how, report)
+    note_residual(batch, made[0], settings, report)
     for transfer, target, cut in zip(made, plan.targets, used, strict=True):
         if plan.certificate:
             back = pipeline.undo(transfer.end, source, target.style, cut)[1]
@@ -102,7 +103,7 @@ def make(batch: Loaded, plan: Plan, report: Report) -> list[Transfer]:
 def find_strength(batch: Loaded, plan: Plan, target: Target, report: Report) -> tuple[Transfer, TransferSettings]:
     """--min_structure: the strongest transfer whose SSIM to the picture, both decoded, is the floor or more."""
     pipeline = plan.pipeline
-    enlarge = -(-11 // min(batch.size))  # SSIM's window is 11 pixels wide
+    enlarge = math.ceil(11 / min(batch.size))  # SSIM's window is 11 pixels wide
 
     def decoded(latents: Tensor) -> Tensor:
         return F.interpolate(pipeline.decode(latents, *batch.size).clamp(-1, 1), scale_factor=enlarge)
@@ -112,7 +113,9 @@ def find_strength(batch: Loaded, plan: Plan, target: Target, report: Report) -> 
     def score(latents: Tensor) -> float:
         return ssim(decoded(latents), before).item()
 
-    made, cut, tried = pipeline.keep_structure(batch.latents, plan.source, target.style, plan.how, score, plan.floor)
+    made, cut, tried = pipeline.keep_structure(
+        batch.latents, plan.source, target.style, plan.settings, score, plan.floor
+    )
     reached = dict(tried)[1 - cut.grid[0]]
     trials = ", ".join(f"{strength:.2f}: {value:.3f}" for strength, value in sorted(tried))
     report.notes.append(
@@ -122,12 +125,12 @@ def find_strength(batch: Loaded, plan: Plan, target: Target, report: Report) -> 
     return made, cut
 
 
-def note_residual(batch: Loaded, made: Transfer, how: TransferSettings, report: Report) -> None:
+def note_residual(batch: Loaded, made: Transfer, settings: TransferSettings, report: Report) -> None:
     if made.residual is None:
         return
     for job, residual in zip(batch.jobs, made.residual.tolist(), strict=False):
         report.residual = max(report.residual, residual)
-        if not residual <= how.tolerance:
+        if not residual <= settings.tolerance:
             report.unsolved.append(str(job.source))
 
 

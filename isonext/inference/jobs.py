@@ -1,6 +1,7 @@
 """What inference.py can be asked for: a transfer of pictures, other styles of a kept structure, the original back."""
 
 import argparse
+import math
 import time
 from dataclasses import replace
 
@@ -46,7 +47,7 @@ def transfer_input(args: argparse.Namespace) -> int:
         batches = inputs.load_batches(todo, plan.pipeline, args.size, batch_size if is_folder else 1, skipped)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, args.certify or args.save_structure is not None):
-        report = work_off(batches, plan, -(-len(todo) // distributed.world()))
+        report = work_off(batches, plan, math.ceil(len(todo) / distributed.world()))
     report.skipped = sorted(skipped or ())
     report = of_all(report, plan)
     seconds = time.perf_counter() - started
@@ -92,10 +93,10 @@ def transfer_structure(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, args.certify):
         inverted = Inverted(state, 0)
-        made = [plan.pipeline.generate(inverted, plan.source, target.style, plan.how) for target in plan.targets]
+        made = [plan.pipeline.generate(inverted, plan.source, target.style, plan.settings) for target in plan.targets]
         for transfer, target in zip(made, plan.targets, strict=True):
             if plan.certificate:
-                back = plan.pipeline.undo(transfer.end, plan.source, target.style, plan.how)[0]
+                back = plan.pipeline.undo(transfer.end, plan.source, target.style, plan.settings)[0]
                 plan.certificate.compare(state, back)
     results = [plan.pipeline.decode(transfer.latents, *kept.size)[0].cpu() for transfer in made]
     save(job, None, results, plan)
@@ -114,15 +115,15 @@ def restore(args: argparse.Namespace) -> int:
     refuse_other_bits(kept, pipeline, args.restore)
     source, target = (pipeline.spec.style_id(name) for name in (kept.source, kept.target))
     with deterministic(pipeline.device):
-        start, picture = pipeline.undo(move(kept.end, pipeline.device), source, target, kept.how)
+        start, picture = pipeline.undo(move(kept.end, pipeline.device), source, target, kept.settings)
     certificate = Certificate()
     certificate.compare(move(kept.start, pipeline.device), start)
     if not certificate.exact:
-        print(f"{certificate.line(likely_cause(kept.how))}\nnothing was written")
+        print(f"{certificate.line(likely_cause(kept.settings))}\nnothing was written")
         return 3
     if digest(picture) != kept.original:  # the structure came back, the leg from there to the picture did not
         print(
-            f"certificate: NOT exact: other latents than the original's; {likely_cause(kept.how)}\nnothing was written"
+            f"certificate: NOT exact: other latents than the original's; {likely_cause(kept.settings)}\nnothing was written"
         )
         return 3
     images.save_picture(images.to_picture(pipeline.decode(picture.x, *kept.size)[0]), output)
@@ -157,19 +158,19 @@ def open_pipeline(args: argparse.Namespace, kept: Structure | None = None, pictu
 def make_plan(args: argparse.Namespace, pictures: int, kept: Structure | None = None) -> Plan:
     """Everything that can be wrong with the flags is found here, before the first picture."""
     pipeline, trained = open_pipeline(args, kept, pictures)
-    how = settings_from(args, trained, kept.how if kept else None)
-    if how.inversion == "fixed_point" and args.precision == "bf16":
+    settings = settings_from(args, trained, kept.settings if kept else None)
+    if settings.inversion == "fixed_point" and args.precision == "bf16":
         raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
     source = pipeline.spec.style_id(kept.source if kept else args.source_style)
-    plan = Plan(pipeline, source, find_targets(args, pipeline), how, args.min_structure, args.compare)
+    plan = Plan(pipeline, source, find_targets(args, pipeline), settings, args.min_structure, args.compare)
     plan.keep = args.save_structure
     if plan.keep and plan.keep.suffix != SUFFIX:
         raise UserError(f"--save_structure {plan.keep}: give a file name ending in {SUFFIX}")
     plan.certificate = Certificate() if args.certify else None
-    if how.method == "flowedit" and (args.certify or args.min_structure is not None):
+    if settings.method == "flowedit" and (args.certify or args.min_structure is not None):
         raise UserError("--method flowedit has no inversion, so neither --certify nor --min_structure applies to it")
-    if plan.keep and how.method != "alf":
-        raise UserError(f"--save_structure: {how.method} leaves none that is exact; use --method alf")
+    if plan.keep and settings.method != "alf":
+        raise UserError(f"--save_structure: {settings.method} leaves none that is exact; use --method alf")
     return plan
 
 
@@ -200,16 +201,16 @@ def settings_from(args: argparse.Namespace, trained: dict, kept: TransferSetting
         if getattr(args, name) is not None:
             tree["inference"][name] = getattr(args, name)
     strength = 1.0 if args.strength is None else args.strength
-    how = transfer_settings(config_from_dict(tree, where="inference settings").inference, strength, args.seed)
+    settings = transfer_settings(config_from_dict(tree, where="inference settings").inference, strength, args.seed)
     if kept:
         legs = {name: getattr(kept, name) for name in (*OF_THE_LEGS, "strength", "skip")}
-        how = replace(how, **legs)
-    if how.guidance == "null" and how.cfg_scale != 1 and trained["training"]["label_drop_prob"] == 0:
+        settings = replace(settings, **legs)
+    if settings.guidance == "null" and settings.cfg_scale != 1 and trained["training"]["label_drop_prob"] == 0:
         raise UserError(
             f"{args.checkpoint}: trained with label_drop_prob 0, so it has no null style to guide against; "
             "use --guidance source or --cfg_scale 1"
         )
-    return how
+    return settings
 
 
 #################################################################################
@@ -218,11 +219,13 @@ def settings_from(args: argparse.Namespace, trained: dict, kept: TransferSetting
 
 
 def print_plan(plan: Plan) -> None:
-    how, styles = plan.how, plan.pipeline.spec.styles
+    settings, styles = plan.settings, plan.pipeline.spec.styles
     titles = plan.targets[0].title if len(plan.targets) == 1 else f"{len(plan.targets)} styles"
-    guidance = "no guidance" if how.cfg_scale == 1 else f"{how.guidance} guidance {how.cfg_scale:g}"
-    strength = f"strength {round(1 - how.grid[0], 2):g}" if plan.floor is None else f"structure {plan.floor:g} or more"
-    print(f"{styles[plan.source]} -> {titles}: {how.method}, {how.num_steps} steps a leg, {guidance}, {strength}")
+    guidance = "no guidance" if settings.cfg_scale == 1 else f"{settings.guidance} guidance {settings.cfg_scale:g}"
+    strength = f"strength {round(1 - settings.grid[0], 2):g}"
+    strength = strength if plan.floor is None else f"structure {plan.floor:g} or more"
+    legs = f"{settings.method}, {settings.num_steps} steps a leg"
+    print(f"{styles[plan.source]} -> {titles}: {legs}, {guidance}, {strength}")
 
 
 def print_made(report: Report, plan: Plan, seconds: float, kept: str) -> None:
@@ -234,8 +237,8 @@ def print_made(report: Report, plan: Plan, seconds: float, kept: str) -> None:
         print(f"0 made{kept}")
     for note in report.notes:
         print(note)
-    if plan.how.inversion == "fixed_point":
-        verdict = f"all of them within {plan.how.tolerance:g}"
+    if plan.settings.inversion == "fixed_point":
+        verdict = f"all of them within {plan.settings.tolerance:g}"
         if report.unsolved:
             verdict = f"not certified, {len(report.unsolved)} did not converge: {', '.join(report.unsolved)}"
         print(f"fixed point: largest residual {report.residual:.2g}, {verdict}")
@@ -244,5 +247,5 @@ def print_made(report: Report, plan: Plan, seconds: float, kept: str) -> None:
 def certificate_status(plan: Plan, status: int) -> int:
     if plan.certificate is None:
         return status
-    print(plan.certificate.line(likely_cause(plan.how)))
+    print(plan.certificate.line(likely_cause(plan.settings)))
     return status if plan.certificate.exact or not plan.certificate.elements else 3

@@ -37,7 +37,7 @@ class Sample:
 def sample(args: argparse.Namespace) -> int:
     """Everything that can be wrong with the flags is found before the first picture."""
     pipeline, trained = open_pipeline(args, pictures=args.num_samples or args.num_samples_per_style)
-    how = sampling_settings(args, trained, pipeline.spec)
+    settings = sampling_settings(args, trained, pipeline.spec)
     samples = plan_samples(args, pipeline.spec)
     batches = [samples[start : start + args.batch_size] for start in range(0, len(samples), args.batch_size)]
     # What is left to do is seen before anybody does it; a batch is made whole, since its bits may depend on its size.
@@ -45,7 +45,7 @@ def sample(args: argparse.Namespace) -> int:
     batches = [batch for batch, left in zip(batches, todo, strict=True) if left]
     started = time.perf_counter()
     made = sum(
-        distributed.gather(make(batches[rank() :: distributed.world()], pipeline, how, args.seed, args.batch_size))
+        distributed.gather(make(batches[rank() :: distributed.world()], pipeline, settings, args.seed, args.batch_size))
     )
     seconds = time.perf_counter() - started
     if distributed.is_main():
@@ -54,10 +54,11 @@ def sample(args: argparse.Namespace) -> int:
         if args.npz:
             write_npz(samples, pipeline.spec.image_size, args.output / "samples.npz")
     distributed.gather(None)  # nobody leaves before the sheet is written
-    guidance = "no guidance" if how.cfg_scale == 1 else f"guidance {how.cfg_scale:g}"
+    guidance = "no guidance" if settings.cfg_scale == 1 else f"guidance {settings.cfg_scale:g}"
     rate = f"{made / seconds:.2f} pictures/s on {pipeline.device}" if made else "nothing to do"
     there = f", {len(samples) - made} were there already" if made < len(samples) else ""
-    print(f"{how.method}, {how.num_steps} steps, {guidance}\n{made} made, {rate}{there}\nwritten to {args.output}")
+    print(f"{settings.method}, {settings.num_steps} steps, {guidance}")
+    print(f"{made} made, {rate}{there}\nwritten to {args.output}")
     return 0
 
 
@@ -69,10 +70,10 @@ def sampling_settings(args: argparse.Namespace, trained: dict, spec: LatentSpec)
                 "towards; leave it out"
             )
         args.cfg_scale = 1.0
-    how = settings_from(args, trained, None)
-    if how.method == "flowedit":
+    settings = settings_from(args, trained, None)
+    if settings.method == "flowedit":
         raise UserError("inference.method flowedit changes pictures, and here is none; give --method alf")
-    return how
+    return settings
 
 
 def plan_samples(args: argparse.Namespace, spec: LatentSpec) -> list[Sample]:
@@ -94,7 +95,7 @@ def plan_samples(args: argparse.Namespace, spec: LatentSpec) -> list[Sample]:
     ]
 
 
-def make(batches: list[list[Sample]], pipeline: Pipeline, how: TransferSettings, seed: int, size: int) -> int:
+def make(batches: list[list[Sample]], pipeline: Pipeline, settings: TransferSettings, seed: int, size: int) -> int:
     """Make and save this process's batches; returns how many pictures that was."""
     side, total = pipeline.spec.image_size, sum(map(len, batches))
     quiet = None if distributed.is_main() else True
@@ -103,7 +104,7 @@ def make(batches: list[list[Sample]], pipeline: Pipeline, how: TransferSettings,
             # For a compiled network a batch is filled up: one shape, one graph.
             rows = batch + batch[-1:] * (size - len(batch) if pipeline.compiled else 0)
             style = torch.tensor([row.style for row in rows])
-            latents = pipeline.sample(*noise_of(pipeline, seed, [row.number for row in rows]), style, how)
+            latents = pipeline.sample(*noise_of(pipeline, seed, [row.number for row in rows]), style, settings)
             pixels = pipeline.decode(latents, side, side).cpu()
             for row, picture in zip(batch, pixels, strict=False):
                 submit(images.save_picture, images.to_picture(picture), row.path)

@@ -49,7 +49,7 @@ class Structure:
     end: LatticeState  # at the transferred picture
     source: str  # style names
     target: str
-    how: TransferSettings
+    settings: TransferSettings
     size: tuple[int, int]  # of the picture: height, width
     original: str  # digest of the latents that the picture was encoded to
     bits: dict[str, str | bool]  # what else fixes the network's bits: see `fixed_bits`
@@ -71,7 +71,7 @@ def save_structure(structure: Structure, path: Path) -> None:
     tensors = dict(zip(TENSORS, _parts(structure), strict=True))
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}  # safetensors shares none
     record = {name: getattr(structure, name) for name in ("source", "target", "size", "original", "bits")}
-    record |= {"format": FORMAT, "settings": asdict(structure.how)}
+    record |= {"format": FORMAT, "settings": asdict(structure.settings)}
     text = json.dumps(record, sort_keys=True)
     metadata = {"structure": text, "sha256": _seal(text, tensors)}
     with written_whole(path) as beside:
@@ -93,9 +93,9 @@ def load_structure(path: Path) -> Structure:
         if names != set(TENSORS) or _seal(text, tensors) != seal:
             raise UserError(f"{path}: was changed after it was written: its checksum does not fit")
         settings, size = record.pop("settings"), tuple(record.pop("size"))
-        how = TransferSettings(**settings | {"cfg_interval": tuple(settings["cfg_interval"])})
+        settings = TransferSettings(**settings | {"cfg_interval": tuple(settings["cfg_interval"])})
         start, end = (LatticeState(*(tensors[name] for name in pair)) for pair in (TENSORS[:2], TENSORS[2:]))
-        return Structure(start=start, end=end, how=how, size=size, **record)
+        return Structure(start=start, end=end, settings=settings, size=size, **record)
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         kind = type(error).__name__
         raise UserError(f"{path}: damaged, or not a structure file of --save_structure ({kind})") from None

@@ -127,7 +127,7 @@ def _multiply_adds(network: VelocityNetwork, space: tuple[int, ...]) -> tuple[in
     Every weight is used once a token (a cell, or a patch of them), those of time and style once a picture and not
     counted; attention multiplies T x T scores of D numbers twice.
     """
-    tokens = math.prod(-(-side // network.patch_size) for side in space)
+    tokens = math.prod(math.ceil(side / network.patch_size) for side in space)
     stem, blocks, head = (tokens * _weights(part) for part in (network.stem, network.blocks, network.head))
     if network.attends:
         blocks += len(network.blocks) * 2 * tokens**2 * network.hidden_dim

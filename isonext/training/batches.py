@@ -1,6 +1,7 @@
 """What is drawn at a step: a function of (seed, step), so that a resume draws the same."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
 
     def some(style: int) -> Tensor:
         index = (split.styles == style).nonzero().flatten()
-        return split.batch(index[:: -(-len(index) // 1024)])[0]
+        return split.batch(index[:: math.ceil(len(index) / 1024)])[0]
 
     return fit_base(some, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
 

@@ -39,7 +39,7 @@ class Cut:
         if self.keep == "all":
             return Cut(self.pictures, "products")
         if self.pictures > 1:
-            return Cut(-(-self.pictures // 2), self.keep)
+            return Cut(math.ceil(self.pictures / 2), self.keep)
         if training.gradient_checkpointing == "auto" and self.keep == "products":
             return Cut(1, "input")
         return None
@@ -71,9 +71,9 @@ def choose_cut(
 
 def equal_pieces(share: int, most: int) -> int:
     """The size of the fewest pieces of at most `most` (or 1); of equal ones, where that is not twice as many."""
-    fewest = -(-share // max(1, most))
+    fewest = math.ceil(share / max(1, most))
     count = next((count for count in range(fewest, 2 * fewest) if share % count == 0), fewest)
-    return -(-share // count)
+    return math.ceil(share / count)
 
 
 def needs_of(config: Config, spec: LatentSpec, bf16: bool) -> Callable[[str], Footprint]:

@@ -28,7 +28,7 @@ from isonext.checkpoint import (
 from isonext.config import Config
 from isonext.data.dataset import load_split
 from isonext.data.external import find_store
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.flow.loss import flow_loss
 from isonext.pipeline import Pipeline, load_codec, transfer_settings
 from isonext.training.batches import Batch, base_of, draw_batch
@@ -149,7 +149,7 @@ class Trainer:
             raise
         except Exception as error:  # no compiler, an unsupported platform: many types, one answer
             self.model.uncompile()
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             self.accelerator.print(f"warning: torch.compile does not work here ({reason}); going on without it")
         self.model.zero_grad()
 
@@ -190,8 +190,8 @@ class Trainer:
                 if cut is None or self.accelerator.num_processes > 1:
                     raise
             # Only here, where the error is gone, does nothing hold on to the tensors of the attempt.
-            how = cut.pictures if cut.pictures < self.cut.pictures else f"blocks that keep their {cut.keep} alone"
-            print(f"out of memory in a micro-batch of {self.cut.pictures}: going on with {how}")
+            way = cut.pictures if cut.pictures < self.cut.pictures else f"blocks that keep their {cut.keep} alone"
+            print(f"out of memory in a micro-batch of {self.cut.pictures}: going on with {way}")
             self.cut, self.model.keep = cut, cut.keep
             self.model.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
@@ -306,8 +306,8 @@ class Trainer:
             for old in epoch_checkpoints(self.folder)[: -training.keep_checkpoints]:  # [:-0] is none
                 old.unlink()
             with self._dispensable("preview"):
-                split, how = self.val if len(self.val) else self.train, transfer_settings(self.config.inference)
-                save_preview(self._pipeline(), split, how, self.folder / f"preview_epoch{epoch}.png")
+                split, settings = self.val if len(self.val) else self.train, transfer_settings(self.config.inference)
+                save_preview(self._pipeline(), split, settings, self.folder / f"preview_epoch{epoch}.png")
         self.accelerator.wait_for_everyone()
 
     def _judged(self) -> dict[str, float]:
@@ -315,8 +315,8 @@ class Trainer:
         numbers = {}
         if Judge.can_judge(self.val):
             with self._dispensable("figures of transfers"):
-                how = transfer_settings(self.config.inference)
-                self.judge = self.judge or Judge(self._pipeline(), self.train, self.val, how)
+                settings = transfer_settings(self.config.inference)
+                self.judge = self.judge or Judge(self._pipeline(), self.train, self.val, settings)
                 numbers = self.judge()
         return numbers
 
@@ -326,7 +326,7 @@ class Trainer:
         try:
             yield
         except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
-            print(f"warning: no {what}: {str(error).splitlines()[0]}")
+            print(f"warning: no {what}: {first_line(error)}")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -360,7 +360,7 @@ class Trainer:
         try:
             checkpoint.save(path)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(
                 f"{path}: could not be written ({reason}); {self._last_good()}: make room and go on with --resume"
             ) from None

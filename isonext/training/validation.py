@@ -8,7 +8,7 @@ from torch import Tensor
 
 from isonext.data import images
 from isonext.data.dataset import LatentSplit
-from isonext.evaluation.evaluator import Ruler
+from isonext.evaluation.evaluator import Evaluator
 from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline
 
@@ -21,7 +21,7 @@ def some_of_each(split: LatentSplit, count: int) -> dict[str, Tensor]:
     chosen = {}
     for number, style in enumerate(split.spec.styles):
         index = (split.styles == number).nonzero().flatten()
-        chosen[style] = split.batch(index[:: max(1, -(-len(index) // count))])[0]
+        chosen[style] = split.batch(index[:: max(1, math.ceil(len(index) / count))])[0]
     return chosen
 
 
@@ -33,15 +33,15 @@ class Judge:
     nothing without the structure.
     """
 
-    def __init__(self, pipeline: Pipeline, train: LatentSplit, val: LatentSplit, how: TransferSettings) -> None:
+    def __init__(self, pipeline: Pipeline, train: LatentSplit, val: LatentSplit, settings: TransferSettings) -> None:
         styles, size = pipeline.spec.styles, pipeline.spec.image_size
-        known, held = (some_of_each(part, -(-n // len(styles))) for part, n in ((train, KNOWN), (val, HELD)))
+        known, held = (some_of_each(part, math.ceil(n / len(styles))) for part, n in ((train, KNOWN), (val, HELD)))
         pictures = {
             style: dict(enumerate(pipeline.decode(latents.to(pipeline.device), size, size).cpu().clamp(-1, 1)))
             for style, latents in held.items()
         }
-        self.pipeline, self.how = pipeline, how
-        self.ruler = Ruler(pipeline, known, pictures, pairs=False)
+        self.pipeline, self.settings = pipeline, settings
+        self.evaluator = Evaluator(pipeline, known, pictures, pairs=False)
         self.directions = list(zip(styles, styles[1:] + styles[:1], strict=True))
 
     @staticmethod
@@ -52,14 +52,14 @@ class Judge:
 
     def __call__(self) -> dict[str, float]:
         """The figures, by the names they have in the log."""
-        result = self.ruler.measure(self.pipeline, self.how, "", self.directions, quick=True, quiet=True)
+        result = self.evaluator.measure(self.pipeline, self.settings, "", self.directions, quick=True, quiet=True)
         success, similarity = (result.mean(figure).mean for figure in ("style_success", "ssim_to_source"))
         numbers = {"val_style_success": success, "val_ssim": similarity}
         numbers["val_score"] = math.sqrt(success * max(0.0, similarity))
         return numbers | ({"val_leakage": result.base["leakage"].mean} if result.base else {})
 
 
-def save_preview(pipeline: Pipeline, split: LatentSplit, how: TransferSettings, path: Path) -> None:
+def save_preview(pipeline: Pipeline, split: LatentSplit, settings: TransferSettings, path: Path) -> None:
     """A sheet of three fixed pictures of each style, each transferred to every style; the first eight of them."""
     spec = pipeline.spec
     styles = spec.styles[:PREVIEWED]
@@ -67,7 +67,7 @@ def save_preview(pipeline: Pipeline, split: LatentSplit, how: TransferSettings, 
     latents, sources = split.batch(chosen)
     columns = [pipeline.decode(latents.to(pipeline.device), spec.image_size, spec.image_size)]
     for target in range(len(styles)):
-        made = pipeline.transfer(latents, sources.to(pipeline.device), target, how)
+        made = pipeline.transfer(latents, sources.to(pipeline.device), target, settings)
         columns.append(pipeline.decode(made.latents, spec.image_size, spec.image_size))
     rows = [[images.to_picture(pixels) for pixels in row] for row in zip(*columns, strict=True)]
     sheet = images.contact_sheet(rows, ["held-out picture", *(f"as {style}" for style in styles)])

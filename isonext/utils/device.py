@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.utils import distributed
 
 
@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from None
     return device
 

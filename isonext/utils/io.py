@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 
 THREADS = 4  # that read and write pictures
 _COUNT = itertools.count()
@@ -67,7 +67,7 @@ def load_data(path: str | Path, what: str, foreign: bool = False) -> Any:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # in a damaged file zipfile, pickle and torch may stumble over anything
-        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         raise UserError(f"{path}: damaged, or not a {what} ({reason})") from None
 
 

@@ -1,4 +1,5 @@
 import io
+import math
 import time
 import warnings
 
@@ -218,7 +219,7 @@ def test_the_short_side_gets_the_size_and_the_colour_stays(size, short, expected
 @given(height=st.integers(1, 20), width=st.integers(1, 20), factor=st.integers(1, 16))
 def test_padding_repeats_the_last_row_and_column_up_to_the_multiple(height, width, factor):
     pixels = torch.arange(2 * 3 * height * width, dtype=torch.float32).view(2, 3, height, width)
-    down, right = -(-height // factor) * factor - height, -(-width // factor) * factor - width
+    down, right = math.ceil(height / factor) * factor - height, math.ceil(width / factor) * factor - width
     expected = np.pad(pixels.numpy(), ((0, 0), (0, 0), (0, down), (0, right)), mode="edge")
     np.testing.assert_array_equal(images.pad_to_multiple(pixels, factor).numpy(), expected)
 

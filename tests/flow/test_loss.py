@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from isonext.flow.guidance import Field
+from isonext.flow.guidance import GuidedField
 from isonext.flow.loss import drop_labels, flow_loss, pair_noise, path, sample_time
 from model import IsoNext
 
@@ -209,7 +209,7 @@ def expected(t, first, second):
 @pytest.mark.parametrize("reference", [None, REFERENCE])
 def test_scale_one_is_the_conditional_in_one_forward(reference):
     model = Affine()
-    field = Field(model, STYLE, 1.0, reference)
+    field = GuidedField(model, STYLE, 1.0, reference)
     assert torch.equal(field(X, 0.5), expected(0.5, 3.0, 0.0))
     assert model.batches == [2]
     assert field.nfe == 1
@@ -221,7 +221,7 @@ def test_scale_one_is_the_conditional_in_one_forward(reference):
 )
 def test_guidance_moves_every_channel_away_from_the_reference_in_one_doubled_batch(scale, first, second):
     model = Affine()
-    field = Field(model, STYLE, scale, REFERENCE)
+    field = GuidedField(model, STYLE, scale, REFERENCE)
     assert torch.equal(field(X, 0.5), expected(0.5, first, second))
     assert model.batches == [4]
     assert field.nfe == 2
@@ -230,21 +230,21 @@ def test_guidance_moves_every_channel_away_from_the_reference_in_one_doubled_bat
 @pytest.mark.parametrize(("t", "inside"), [(0.125, False), (0.25, True), (0.5, True), (0.75, True), (0.875, False)])
 def test_guidance_acts_inside_its_closed_interval_and_costs_one_forward_outside(t, inside):
     model = Affine()
-    field = Field(model, STYLE, 2.5, REFERENCE, (0.25, 0.75))
+    field = GuidedField(model, STYLE, 2.5, REFERENCE, (0.25, 0.75))
     assert torch.equal(field(X, t), expected(t, 6.0, -3.0) if inside else expected(t, 3.0, 0.0))
     assert model.batches == [4 if inside else 2]
 
 
 def test_contrast_with_an_equal_style_is_the_identity_in_one_forward():
     model = Affine()
-    field = Field(model, STYLE, 7.0, STYLE.clone())
+    field = GuidedField(model, STYLE, 7.0, STYLE.clone())
     assert torch.equal(field(X, 0.5), expected(0.5, 3.0, 0.0))
     assert model.batches == [2]
     assert field.nfe == 1
 
 
 def test_a_picture_whose_reference_is_its_own_style_is_not_moved_by_its_neighbours():
-    assert torch.equal(Field(Affine(), STYLE, 2.5, torch.tensor([3, 2]))(X, 0.5), expected(0.5, 3.0, -3.0))
+    assert torch.equal(GuidedField(Affine(), STYLE, 2.5, torch.tensor([3, 2]))(X, 0.5), expected(0.5, 3.0, -3.0))
 
 
 TABLE = torch.tensor([[1.0, 3.0], [1.0, 2.0], [5.0, 5.0], [0.0, 8.0]]).view(4, 1, 1, 2)
@@ -258,7 +258,9 @@ def table(x, t, style):
 def test_rescaling_brings_the_deviation_back_by_hand(rescale, factor):
     # (1, 3) against (1, 2) at scale 3: (1, 3) + 2 (0, 1) = (1, 5), of deviation 2 where (1, 3) has 1. The second
     # picture: (0, 8) + 2 (0 - 1, 8 - 2) = (-2, 20), of deviation 11 where (0, 8) has 4.
-    v = Field(table, torch.tensor([0, 3]), 3.0, torch.tensor([1, 1]), rescale=rescale)(torch.zeros(2, 1, 1, 2), 0.5)
+    v = GuidedField(table, torch.tensor([0, 3]), 3.0, torch.tensor([1, 1]), rescale=rescale)(
+        torch.zeros(2, 1, 1, 2), 0.5
+    )
     second = 1 + rescale * (4 / 11 - 1)
     by_hand = [factor * 1, factor * 5, second * -2, second * 20]
     assert v.flatten().tolist() == pytest.approx(by_hand, rel=1e-6)  # some roundings in float32
@@ -271,7 +273,7 @@ def test_rescaling_is_a_factor_a_picture_that_at_one_gives_each_the_unguided_dev
     style, reference, x = torch.tensor([0, 1, 2]), torch.tensor([3, 2, 1]), torch.zeros(3, 3, 4, 4)
 
     def velocity(scale, rescale):
-        return Field(lambda x, t, style: values[style], style, scale, reference, rescale=rescale)(x, 0.5)
+        return GuidedField(lambda x, t, style: values[style], style, scale, reference, rescale=rescale)(x, 0.5)
 
     plain, guided, whole, part = velocity(1, 0), velocity(scale, 0), velocity(scale, 1), velocity(scale, rescale)
     before, after, wanted = (v.flatten(1).double().std(1, correction=0) for v in (guided, whole, plain))
@@ -285,26 +287,26 @@ def test_rescaling_is_a_factor_a_picture_that_at_one_gives_each_the_unguided_dev
 def test_rescaling_leaves_a_picture_whose_reference_is_its_own_style_alone_to_the_bit(rescale):
     x = torch.randn(2, 3, 4, 4, generator=generator(7))
     style = torch.tensor([3, 1])
-    v = Field(Affine(), style, 4.0, torch.tensor([3, 2]), rescale=rescale)(x, 0.3)
-    plain = Field(Affine(), style)(x, 0.3)
+    v = GuidedField(Affine(), style, 4.0, torch.tensor([3, 2]), rescale=rescale)(x, 0.3)
+    plain = GuidedField(Affine(), style)(x, 0.3)
     assert torch.equal(v[0], plain[0])
     assert not torch.equal(v[1], plain[1])
 
 
 def test_rescaling_leaves_a_velocity_without_deviation_alone():
     style, reference = torch.tensor([2, 2]), torch.tensor([2, 1])
-    v = Field(table, style, 2.0, reference, rescale=1.0)(torch.zeros(2, 1, 1, 2), 0.5)
+    v = GuidedField(table, style, 2.0, reference, rescale=1.0)(torch.zeros(2, 1, 1, 2), 0.5)
     assert v[0].flatten().tolist() == [5.0, 5.0]  # its reference is its own style
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_a_missing_reference_is_an_error_that_names_the_scale(scale):
     with pytest.raises(ValueError, match=str(scale)):
-        Field(Affine(), STYLE, scale)
+        GuidedField(Affine(), STYLE, scale)
 
 
 def test_nfe_adds_up_one_outside_and_two_inside_the_interval():
-    field = Field(Affine(), STYLE, 2.0, REFERENCE, (0.5, 1.0))
+    field = GuidedField(Affine(), STYLE, 2.0, REFERENCE, (0.5, 1.0))
     for t in (0.0, 0.25, 0.5, 1.0):
         field(X, t)
     assert field.nfe == 1 + 1 + 2 + 2
@@ -313,7 +315,7 @@ def test_nfe_adds_up_one_outside_and_two_inside_the_interval():
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_the_network_gets_t_as_float32_once_a_row(scale):
     model = Affine()
-    Field(model, STYLE, scale, REFERENCE)(X, 0.1)
+    GuidedField(model, STYLE, scale, REFERENCE)(X, 0.1)
     rows = 2 if scale == 1 else 4
     assert torch.equal(model.times[0], torch.full((rows,), 0.1, dtype=torch.float32))
 
@@ -330,7 +332,7 @@ def real_network():
 def test_a_real_network_at_scale_one_gives_the_very_bits_of_its_conditional():
     model = real_network()
     with torch.no_grad():
-        v = Field(model, STYLE)(X, 0.3)
+        v = GuidedField(model, STYLE)(X, 0.3)
         assert torch.equal(v, model(X, torch.tensor([0.3, 0.3]), STYLE))
     assert v.abs().min() > 0
 
@@ -340,7 +342,7 @@ def test_source_guidance_leaves_alone_the_pictures_of_a_mixed_batch_whose_styles
         return x * (1.0 + style.view(-1, 1, 1, 1)) + 1e-3 * torch.arange(len(x)).view(-1, 1, 1, 1)  # a kernel's whims
 
     x, source, target = torch.ones(2, 1, 1, 1), torch.tensor([0, 1]), torch.tensor([0, 0])
-    guided = Field(model, target, 3.0, source)(x, 0.5)
+    guided = GuidedField(model, target, 3.0, source)(x, 0.5)
     plain = model(torch.cat([x, x]), None, torch.cat([target, source]))[:2]
     assert guided[0] == plain[0]
     assert guided[1] != plain[1]
@@ -361,18 +363,18 @@ def between(share):
 @pytest.mark.parametrize("rescale", [0.0, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_embeddings_of_ids_give_the_very_bits_of_the_ids_and_the_reference_may_be_either(scale, rescale):
-    by_id = Field(NETWORK, STYLE, scale, REFERENCE, rescale=rescale)
+    by_id = GuidedField(NETWORK, STYLE, scale, REFERENCE, rescale=rescale)
     v = by_id(X, 0.3)
     for reference in (REFERENCE, NETWORK.embed(REFERENCE)):
-        field = Field(NETWORK, NETWORK.embed(STYLE), scale, reference, rescale=rescale)
+        field = GuidedField(NETWORK, NETWORK.embed(STYLE), scale, reference, rescale=rescale)
         assert torch.equal(field(X, 0.3), v)
         assert field.nfe == by_id.nfe
-    assert not torch.equal(v, Field(NETWORK, REFERENCE)(X, 0.3))
+    assert not torch.equal(v, GuidedField(NETWORK, REFERENCE)(X, 0.3))
 
 
 def test_an_embedding_between_two_styles_is_guided_against_an_id():
-    both = [Field(NETWORK, style)(X, 0.3) for style in (between(0.25), REFERENCE)]
-    v = Field(NETWORK, between(0.25), 3.0, REFERENCE)(X, 0.3)
+    both = [GuidedField(NETWORK, style)(X, 0.3) for style in (between(0.25), REFERENCE)]
+    v = GuidedField(NETWORK, between(0.25), 3.0, REFERENCE)(X, 0.3)
     # The definition in float32; a doubled batch may round each velocity, here of size 10, otherwise: 1e-6 of it.
     torch.testing.assert_close(v, both[0] + 2 * (both[0] - both[1]), rtol=0, atol=1e-4)
     assert (v - both[0]).abs().max() > 0.1
@@ -380,8 +382,8 @@ def test_an_embedding_between_two_styles_is_guided_against_an_id():
 
 @pytest.mark.parametrize("scale", [0.0, 7.5])
 def test_guidance_is_off_where_the_embedding_is_that_of_the_reference(scale):
-    field = Field(NETWORK, between(1.0), scale, REFERENCE)
-    assert torch.equal(field(X, 0.3), Field(NETWORK, REFERENCE)(X, 0.3))
+    field = GuidedField(NETWORK, between(1.0), scale, REFERENCE)
+    assert torch.equal(field(X, 0.3), GuidedField(NETWORK, REFERENCE)(X, 0.3))
     assert field.nfe == 1
 
 
@@ -393,6 +395,6 @@ def test_one_entry_of_an_embedding_that_differs_is_another_style_and_its_neighbo
     def model(x, t, style):
         return x + style.sum(1).view(-1, 1, 1, 1)
 
-    v = Field(model, table, 2.0, reference)(X, 0.5)
+    v = GuidedField(model, table, 2.0, reference)(X, 0.5)
     assert torch.equal(v[0], X[0] + 1)
     assert torch.equal(v[1], X[1] + 3 + (3 - 4))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flow_cases import CHANNELS, EVALUATIONS, MODEL, ORDER, PICTURES, SIZE, A, B, C, Zero, picture, same
-from isonext.flow.guidance import Field
+from isonext.flow.guidance import GuidedField
 from isonext.flow.solvers import (
     LATTICE,
     ONE_STEP_METHODS,
@@ -184,7 +184,7 @@ def test_the_leapfrog_converges_to_the_exact_flow_down_to_the_lattice(field, flo
 @pytest.mark.parametrize("num_steps", [1, 3, 20])
 @pytest.mark.parametrize("method", ORDER)
 def test_a_leg_costs_what_the_method_says(method, num_steps):
-    field = Field(Zero(), torch.tensor([0]))
+    field = GuidedField(Zero(), torch.tensor([0]))
     solve(field, torch.ones(1, 1, 1, 1), time_grid(num_steps), method)
     assert field.nfe == EVALUATIONS[method](num_steps)
 
@@ -384,15 +384,15 @@ def test_the_network_of_these_tests_is_far_from_trivial():
 @quick
 @given(state=random_states, grid=random_grids)
 def test_a_leapfrog_leg_is_undone_bit_for_bit_on_any_grid_from_any_state(state, grid):
-    end = leapfrog_leg(Field(MODEL, A), state, grid[::-1])
-    assert same(leapfrog_leg(Field(MODEL, A), end, grid), state)
+    end = leapfrog_leg(GuidedField(MODEL, A), state, grid[::-1])
+    assert same(leapfrog_leg(GuidedField(MODEL, A), end, grid), state)
     assert grid[-1] - grid[0] < 0.01 or not same(end, state)  # so the legs do something
 
 
 @quick
 @given(state=random_states, grid=random_grids, scale=st.sampled_from([1.0, 0.0, 2.5]))
 def test_style_a_to_b_to_a_comes_back_bit_for_bit_with_guidance(state, grid, scale):
-    a, b = Field(MODEL, A), Field(MODEL, B, scale, torch.full_like(B, MODEL.null_style), (0.2, 0.8))
+    a, b = GuidedField(MODEL, A), GuidedField(MODEL, B, scale, torch.full_like(B, MODEL.null_style), (0.2, 0.8))
     made = leapfrog_leg(b, leapfrog_leg(a, state, grid[::-1]), grid)
     assert same(leapfrog_leg(a, leapfrog_leg(b, made, grid[::-1]), grid), state)
 
@@ -401,7 +401,9 @@ def test_style_a_to_b_to_a_comes_back_bit_for_bit_with_guidance(state, grid, sca
 @given(state=random_states, grid=random_grids)
 def test_style_a_to_b_to_c_to_b_to_a_comes_back_bit_for_bit(state, grid):
     def change(state, source, target):
-        return leapfrog_leg(Field(MODEL, target), leapfrog_leg(Field(MODEL, source), state, grid[::-1]), grid)
+        return leapfrog_leg(
+            GuidedField(MODEL, target), leapfrog_leg(GuidedField(MODEL, source), state, grid[::-1]), grid
+        )
 
     in_b = change(state, A, B)
     in_c = change(in_b, B, C)
@@ -420,8 +422,8 @@ any_grids = st.one_of(
 @given(state=random_states, grid=any_grids)
 def test_a_leg_on_any_grid_passes_on_its_way_back_through_the_states_of_its_way_there(state, grid):
     there, back = [], []
-    end = leapfrog_leg(Field(MODEL, A), state, grid, there)
-    assert same(leapfrog_leg(Field(MODEL, A), end, grid[::-1], back), state)
+    end = leapfrog_leg(GuidedField(MODEL, A), state, grid, there)
+    assert same(leapfrog_leg(GuidedField(MODEL, A), end, grid[::-1], back), state)
     assert len(there) == len(back) == len(grid) - 1
     first = state.position, to_lattice(MODEL(state.x, torch.full((PICTURES,), grid[0]), A)) + state.defect
     for (x, w), (x_back, w_back) in zip([first, *there[:-1]], back[::-1], strict=True):
@@ -433,9 +435,9 @@ def test_a_leg_on_any_grid_passes_on_its_way_back_through_the_states_of_its_way_
 @given(state=random_states, grid=any_grids)
 def test_the_trail_of_a_leapfrog_leg_is_where_each_shorter_leg_ends(state, grid):
     trail = []
-    leapfrog_leg(Field(MODEL, A), state, grid, trail)
+    leapfrog_leg(GuidedField(MODEL, A), state, grid, trail)
     for n, (x, w) in enumerate(trail, 1):
-        shorter = leapfrog_leg(Field(MODEL, A), state, grid[: n + 1])
+        shorter = leapfrog_leg(GuidedField(MODEL, A), state, grid[: n + 1])
         v = to_lattice(MODEL(from_lattice(x), torch.full((PICTURES,), grid[n]), A))
         assert same(LatticeState(x, w - v), shorter)
 

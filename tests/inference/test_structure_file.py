@@ -89,7 +89,7 @@ def kept(tmp_path_factory):
 )
 def test_a_structure_comes_back_bit_for_bit_with_its_settings(tmp_path_factory, seed, shape, bound, how, names):
     start, end = (LatticeState(points(seed + k, shape, bound), points(seed + k + 1, shape, bound)) for k in (0, 2))
-    made = a_structure(start=start, end=end, how=how, source=names[0], target=names[1], size=(shape[2] * 4 - 1, 1))
+    made = a_structure(start=start, end=end, settings=how, source=names[0], target=names[1], size=(shape[2] * 4 - 1, 1))
     path = tmp_path_factory.mktemp("round") / "a.safetensors"
     save_structure(made, path)
     assert_same(load_structure(path), made)

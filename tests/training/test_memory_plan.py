@@ -1,6 +1,7 @@
 """What `auto` comes to, and what `train.py --plan` prints."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -67,7 +68,7 @@ def test_pieces_are_equal_where_there_need_not_be_twice_as_many(share, most, siz
 def test_pieces_never_exceed_what_fits_nor_are_twice_as_many_as_needed(share):
     for most in range(1, 45):
         size = equal_pieces(share, most)
-        assert 1 <= size <= most and -(-share // size) < 2 * -(-share // most)
+        assert 1 <= size <= most and math.ceil(share / size) < 2 * math.ceil(share / most)
 
 
 def test_what_is_tried_after_running_out_of_memory():

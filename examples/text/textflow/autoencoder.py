@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -169,7 +169,7 @@ class FrozenT5(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(name)
             encoder = T5EncoderModel.from_pretrained(name).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            raise UserError(f"--t5 {name}: no T5 can be loaded from there ({str(error).splitlines()[0]})") from None
+            raise UserError(f"--t5 {name}: no T5 can be loaded from there ({first_line(error)})") from None
         self.frozen = (tokenizer, encoder)  # in a tuple, so that its weights are none of this module's
         self.project = nn.Linear(encoder.config.d_model, width)
 

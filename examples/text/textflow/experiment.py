@@ -65,13 +65,13 @@ def experiment(
     model = load_text_model(folder / "model").to(device)
     chosen = model.accept(corpora[1]).part(plan.sentences)
     checks, samples = sanity(model, chosen, plan)
-    how = Writing("denoise", t_start, plan.num_steps, batch_size=64)
-    rows = {"no head": [measure(model, None, chosen, how, seed, folder) for seed in range(seeds)]}
+    settings = Writing("denoise", t_start, plan.num_steps, batch_size=64)
+    rows = {"no head": [measure(model, None, chosen, settings, seed, folder) for seed in range(seeds)]}
     for config in HEADS:
         rows[config.name] = []
         for seed in range(seeds):
             heads, figures = trained(model, config, plan, seed, corpora, folder, quiet)
-            rows[config.name].append(measure(model, heads, chosen, how, seed, folder) | figures)
+            rows[config.name].append(measure(model, heads, chosen, settings, seed, folder) | figures)
     results = {
         "device": device_name(device),
         "seconds": time.perf_counter() - started,
@@ -105,10 +105,14 @@ def trained(
     return load_head(place / "best.pt", model).to(model.device), figures
 
 
-def measure(model: TextModel, heads: Heads | None, chosen: Corpus, how: Writing, seed: int, folder: Path) -> dict:
+def measure(model: TextModel, heads: Heads | None, chosen: Corpus, settings: Writing, seed: int, folder: Path) -> dict:
     """The figures of one way to write the chosen sentences; the sentences go to a file that eval_text.py reads."""
-    written = write_texts(model, heads, chosen.texts, chosen.styles, dataclasses.replace(how, seed=seed), quiet=True)
-    name = f"{heads.config.name if heads else 'no head'}_{how.mode}_{how.t_start:g}_{seed}.json".replace(" ", "_")
+    written = write_texts(
+        model, heads, chosen.texts, chosen.styles, dataclasses.replace(settings, seed=seed), quiet=True
+    )
+    name = f"{heads.config.name if heads else 'no head'}_{settings.mode}_{settings.t_start:g}_{seed}.json".replace(
+        " ", "_"
+    )
     save_predictions(folder / "predictions" / name, [{"reference": text} for text in chosen.texts], written)
     return figures_of(chosen.texts, written) | {"parameters": 0, "seconds": 0.0, "codes used": None}
 
@@ -132,8 +136,8 @@ def sanity(model: TextModel, chosen: Corpus, plan: Plan) -> tuple[dict, dict]:
         "denoise 0.3": dataclasses.replace(base, t_start=0.3),
     }
     checks, samples, written = {}, {"reference": chosen.texts[:10]}, []
-    for name, how in ways.items():
-        written = write_texts(model, None, chosen.texts, chosen.styles, how, quiet=True)
+    for name, settings in ways.items():
+        written = write_texts(model, None, chosen.texts, chosen.styles, settings, quiet=True)
         checks[name], samples[name] = figures_of(chosen.texts, written), written[:10]
         if name == "reconstruct":
             checks["shuffled references"] = figures_of(chosen.texts[1:] + chosen.texts[:1], written)

@@ -7,6 +7,7 @@ At a random t, x_t = (1 - t) x0 + t x1 of a sentence's latents x1, and the flow'
 The loss is the decoder's cross-entropy given heads(x1_hat), + 0.1 MSE to x1, + the codebook's own.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,26 +63,26 @@ def losses(model: TextModel, heads: Heads, texts: list[str], x1: Tensor, x1_hat:
 
 
 def train_head(
-    model: TextModel, config: HeadConfig, how: HeadRun, corpora: tuple[Corpus, Corpus], folder: Path, quiet=None
+    model: TextModel, config: HeadConfig, settings: HeadRun, corpora: tuple[Corpus, Corpus], folder: Path, quiet=None
 ) -> dict[str, float]:
     """Train; writes folder/best.pt (of all validations, by the loss) and folder/last.pt; returns the last figures."""
     train, val = (model.accept(corpus) for corpus in corpora)
-    steps = how.max_steps or how.num_epochs * max(1, len(train) // how.batch_size)
+    steps = settings.max_steps or settings.num_epochs * max(1, len(train) // settings.batch_size)
     # No average (decay 0): a mean of codebooks, whose codes have changed places, is none.
     training = TrainingConfig(
-        batch_size=how.batch_size,
-        learning_rate=how.lr,
+        batch_size=settings.batch_size,
+        learning_rate=settings.lr,
         ema_decay=0.0,
-        seed=how.seed,
+        seed=settings.seed,
         warmup_steps=min(100, steps // 10),
     )
-    torch.manual_seed(how.seed)
+    torch.manual_seed(settings.seed)
     heads = Heads(config, model.spec.channels).to(model.device)
     if heads.codebook:
-        heads.codebook.start_from(_first_outputs(model, heads, train, how))
+        heads.codebook.start_from(_first_outputs(model, heads, train, settings))
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        texts, style, generator = train.draw(how.batch_size, how.seed, step)
+        texts, style, generator = train.draw(settings.batch_size, settings.seed, step)
         x1 = model.encode(texts).clone()  # out of inference mode, so that autograd may keep it
         loss, numbers, (outputs, codes) = losses(model, heads, texts, x1, guess(model, x1, style, generator))
         if codes is not None:
@@ -91,7 +92,7 @@ def train_head(
     best, figures, started = [float("inf")], {}, time.perf_counter()
 
     def evaluate(averaged: Heads, step: int) -> dict[str, float]:
-        figures.update(validate(model, heads.eval(), val, how))
+        figures.update(validate(model, heads.eval(), val, settings))
         figures.update(steps=step, seconds=time.perf_counter() - started, parameters=count_parameters(heads))
         heads.train()
         save_head(folder / "last.pt", model, heads, figures)
@@ -100,25 +101,25 @@ def train_head(
             save_head(folder / "best.pt", model, heads, figures)
         return dict(figures)
 
-    schedule = Schedule(steps, how.log_interval, how.eval_interval, how.save_interval)
+    schedule = Schedule(steps, settings.log_interval, settings.eval_interval, settings.save_interval)
     fit(heads, loss_of, training, schedule, folder / "state.pt", evaluate, quiet)
     return figures
 
 
 @torch.no_grad()
-def _first_outputs(model: TextModel, heads: Heads, train: Corpus, how: HeadRun) -> Tensor:
+def _first_outputs(model: TextModel, heads: Heads, train: Corpus, settings: HeadRun) -> Tensor:
     """(N, 64) outputs of the head, as many as there are codes: those of an enlarged first batch."""
-    count = -(-heads.config.vq_codes // model.spec.image_size)
+    count = math.ceil(heads.config.vq_codes / model.spec.image_size)
     outputs = []
-    for number in range(-(-count // 64)):
-        texts, style, generator = train.draw(64, how.seed, number)
+    for number in range(math.ceil(count / 64)):
+        texts, style, generator = train.draw(64, settings.seed, number)
         guessed = guess(model, model.encode(texts).clone(), style, generator)
         outputs.append(heads.head(guessed.mT.flatten(0, 1)))
     return torch.cat(outputs)
 
 
 @torch.no_grad()
-def validate(model: TextModel, heads: Heads, val: Corpus, how: HeadRun) -> dict[str, float]:
+def validate(model: TextModel, heads: Heads, val: Corpus, settings: HeadRun) -> dict[str, float]:
     """The loss on up to 512 held-out sentences with noise and times that never change, and the codes they take."""
     if not len(val):
         raise UserError("no sentence is held out to validate on: raise val_fraction in the data config")

@@ -48,7 +48,7 @@ def fit(
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,  # of the averaged model, after a step
     quiet: bool | None = None,
 ) -> nn.Module:
-    """Train `model`; returns the average of its weights. What the guard refuses changes nothing, see training/optim.py."""
+    """Train `model`; returns the average of its weights. A step that the guard refuses changes nothing."""
     run = _Run(model, training, schedule, state)
     logbook, bar = Logbook(state.parent / state.stem, run.step), None
     with stop_signals() as stop:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 
 # The field that holds the text: the first of these that a record has.
 DATASETS = {
@@ -66,7 +66,7 @@ def read_datasets_folder(path: Path) -> tuple[Rows, Rows | None]:
     try:
         found = load_from_disk(str(path))
     except Exception as error:  # of many types: not a folder of datasets, a damaged one, one of another version
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: not a folder that datasets' save_to_disk wrote ({reason})") from None
     splits = {"train": found} if isinstance(found, Dataset) else found
     if "train" not in splits:

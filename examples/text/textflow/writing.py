@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from isonext.errors import UserError
-from isonext.flow.guidance import Field
+from isonext.flow.guidance import GuidedField
 from isonext.flow.loss import path
 from isonext.flow.solvers import integrate, time_grid
 from isonext.flow.transfer import TransferSettings, transfer
@@ -48,35 +48,37 @@ def write_texts(
     heads: Heads | None,
     texts: list[str] | None,
     styles: Tensor,
-    how: Writing,
+    settings: Writing,
     quiet: bool | None = None,
 ) -> list[str]:
     """One sentence for each of the classes `styles` (n,); `texts` are the references, which `sample` goes without."""
     space = (model.spec.channels, model.spec.image_size)
-    noise = torch.randn(len(styles), *space, generator=seeded(how.seed, "text noise", 0))  # whatever the batch size
+    noise = torch.randn(
+        len(styles), *space, generator=seeded(settings.seed, "text noise", 0)
+    )  # whatever the batch size
     written = []
-    for start in tqdm(range(0, len(styles), how.batch_size), disable=quiet, unit="batch", desc=how.mode):
-        part = slice(start, start + how.batch_size)
+    for start in tqdm(range(0, len(styles), settings.batch_size), disable=quiet, unit="batch", desc=settings.mode):
+        part = slice(start, start + settings.batch_size)
         x0, style = noise[part].to(model.device), styles[part].to(model.device)
         x1 = None if texts is None else model.encode(texts[part])
-        written += decode_latents(model, heads, _latents(model, x0, x1, style, how))
+        written += decode_latents(model, heads, _latents(model, x0, x1, style, settings))
     return written
 
 
 @torch.inference_mode()
-def _latents(model: TextModel, x0: Tensor, x1: Tensor | None, style: Tensor, how: Writing) -> Tensor:
+def _latents(model: TextModel, x0: Tensor, x1: Tensor | None, style: Tensor, settings: Writing) -> Tensor:
     """What the mode makes of noise x0 and a reference's latents x1, both (B, 64, L)."""
-    if how.mode == "reconstruct":
+    if settings.mode == "reconstruct":
         return x1
-    if how.mode == "roundtrip":
-        return transfer(model.field, x1, style, style, TransferSettings(num_steps=how.num_steps)).latents
-    t = how.t_start if how.mode == "denoise" else 0.0
-    x = x0 if how.mode == "sample" else path(x0, x1, torch.full((len(x0),), t, device=x0.device))[0]
+    if settings.mode == "roundtrip":
+        return transfer(model.field, x1, style, style, TransferSettings(num_steps=settings.num_steps)).latents
+    t = settings.t_start if settings.mode == "denoise" else 0.0
+    x = x0 if settings.mode == "sample" else path(x0, x1, torch.full((len(x0),), t, device=x0.device))[0]
     if t == 1:
         return x
     null = torch.full_like(style, model.field.null_style)
-    field = Field(model.field, style, how.cfg_scale, null)
-    return integrate(field, x, time_grid(how.num_steps, start=t), METHOD)
+    field = GuidedField(model.field, style, settings.cfg_scale, null)
+    return integrate(field, x, time_grid(settings.num_steps, start=t), METHOD)
 
 
 def sample_styles(model: TextModel, count: int, class_name: str | None) -> Tensor:
@@ -90,7 +92,7 @@ def write_predictions(args: argparse.Namespace) -> None:
     """generate_text.py, once its flags are read."""
     model = load_text_model(args.model_path).to(pick_device(args.device))
     heads = load_head(args.checkpoint, model).to(model.device).without(args.without) if args.checkpoint else None
-    how = Writing(args.mode, args.t_start, args.num_steps, args.cfg_scale, args.batch_size, args.seed)
+    settings = Writing(args.mode, args.t_start, args.num_steps, args.cfg_scale, args.batch_size, args.seed)
     texts, styles = None, None
     if args.mode == "sample":
         styles = sample_styles(model, args.num_samples, args.class_name)
@@ -100,7 +102,7 @@ def write_predictions(args: argparse.Namespace) -> None:
         if not len(chosen):
             raise UserError("the split has no sentence: raise val_fraction in the data config, or use --split train")
         texts, styles = chosen.texts, chosen.styles
-    written = write_texts(model, heads, texts, styles, how)
+    written = write_texts(model, heads, texts, styles, settings)
     if texts:
         kept = [{"reference": text} for text in texts]
     else:
