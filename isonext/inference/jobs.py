@@ -122,9 +122,8 @@ def restore(args: argparse.Namespace) -> int:
         print(f"{certificate.line(likely_cause(kept.settings))}\nnothing was written")
         return 3
     if digest(picture) != kept.original:  # the structure came back, the leg from there to the picture did not
-        print(
-            f"certificate: NOT exact: other latents than the original's; {likely_cause(kept.settings)}\nnothing was written"
-        )
+        print(f"certificate: NOT exact: other latents than the original's; {likely_cause(kept.settings)}")
+        print("nothing was written")
         return 3
     images.save_picture(images.to_picture(pipeline.decode(picture.x, *kept.size)[0]), output)
     print(f"{kept.target} -> {kept.source}: back at the original's latents, written to {output}")
