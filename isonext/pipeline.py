@@ -146,7 +146,7 @@ class Pipeline:
     def sample(self, noise: Tensor, layout: Tensor, style: Tensor, settings: TransferSettings) -> Tensor:
         """White noise (see `Base.sample` for both) -> standardised latents of styles (B,)."""
         with self._fit_for(settings):
-            x0 = self.base.sample(noise, layout).to(self.device)
+            x0 = self.base.sample(noise, layout, style).to(self.device)
             return transfer.sample(self, x0, style.to(self.device), settings)
 
     def undo(self, end: State, source: Style, target: Style, settings: TransferSettings) -> tuple[State, State]:

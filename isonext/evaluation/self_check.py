@@ -83,10 +83,13 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
     b, grid = (a + 1) % STYLES, time_grid(20)
     with autocast(device, True):
         start = LatticeState.at_picture(x1)
-        base = leapfrog_leg(GuidedField(model, a), start, grid[::-1])
-        back = leapfrog_leg(GuidedField(model, a), base, grid)
-        moved = leapfrog_leg(GuidedField(model, b), base, grid)
-        home = leapfrog_leg(GuidedField(model, a), leapfrog_leg(GuidedField(model, b), moved, grid[::-1]), grid)
+        in_a, in_b = GuidedField(model, a), GuidedField(model, b)
+        base = leapfrog_leg([(in_a, grid[::-1])], start)
+        back = leapfrog_leg([(in_a, grid)], base)
+        structure = LatticeState(base.position, None)
+        moved = leapfrog_leg([(in_b, grid)], structure)
+        again = leapfrog_leg([(in_b, grid[::-1])], moved)
+        home = leapfrog_leg([(in_a, grid)], LatticeState(again.position, again.defect + base.defect))
     for name, end in (("picture -> structure -> picture", back), ("style a -> b -> a", home)):
         differing = int((end.position != start.position).sum() + (end.defect != start.defect).sum())
         check(f"{name}, 20 steps, BF16 network, bit for bit", differing == 0, f"{differing} elements differ")

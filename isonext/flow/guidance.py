@@ -9,12 +9,12 @@ from isonext.flow.loss import Model
 class GuidedField:
     """The velocity field of one leg: `field(x, t)` with t a number, guided where asked; counts its evaluations.
 
-        v = v_style                                          at scale 1 or outside the interval: one forward
-        v = v_style + (scale - 1) (v_style - v_reference)    inside it: both in one forward of twice the batch
+        v = v_style                                          at scale 1: one forward
+        v = v_style + (scale - 1) (v_style - v_reference)    else: both in one forward of twice the batch
 
-    With the null style as reference this is classifier-free guidance (arXiv:2207.12598) on all channels, limited to
-    an interval of t (Kynkaanniemi et al., arXiv:2404.07724). With the *source* style it is the contrast of the two
-    styles, nothing where they are equal; where they are for the whole batch, one forward is made, as at scale 1.
+    With the null style as reference this is classifier-free guidance (arXiv:2207.12598) on all channels. With the
+    *source* style it is the contrast of the two styles, nothing where they are equal; where they are for the whole
+    batch, one forward is made, as at scale 1.
     `rescale` brings the deviation of a guided velocity that far back to the unguided one's (Lin et al.,
     arXiv:2305.08891, eq. 15 and 16).
 
@@ -27,24 +27,35 @@ class GuidedField:
         style: Tensor,
         scale: float = 1.0,
         reference: Tensor | None = None,  # needed when scale is not 1
-        interval: tuple[float, float] = (0.0, 1.0),  # inclusive
         rescale: float = 0.0,  # from 0, not at all, to 1, wholly
     ) -> None:
         if scale != 1 and reference is None:
             raise ValueError(f"guidance at scale {scale} needs a reference style")
         if reference is not None and style.is_floating_point() and not reference.is_floating_point():
             reference = model.embed(reference)
-        self.model, self.style, self.reference, self.interval = model, style, reference, interval
-        self.rescale = rescale
+        self.model, self.style, self.reference, self.rescale = model, style, reference, rescale
         # Decided once: with equal styles a doubled batch would add nothing but the rounding of another batch shape.
         self.scale = 1.0 if reference is not None and torch.equal(style, reference) else scale
         self.nfe = 0  # network evaluations a picture so far
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        low, high = self.interval
-        if self.scale == 1 or not low <= t <= high:
+        if self.scale == 1:
             self.nfe += 1
             return self.model(x, self._times(x, t), self.style).float()
+        return self._plain_and_guided(x, t)[1]
+
+    def change_from(self, before: "GuidedField", x: Tensor, t: float) -> Tensor:
+        """self(x, t) - before(x, t), where the two differ in that one of them is guided: two evaluations, not three.
+
+        The same bits, but for the sign, as `before.change_from(self, x, t)`.
+        """
+        guided, sign = (self, 1) if self.scale != 1 else (before, -1)
+        if guided.scale == 1:
+            return torch.zeros_like(x)
+        plain, v = guided._plain_and_guided(x, t)
+        return sign * (v - plain)
+
+    def _plain_and_guided(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         self.nfe += 2
         twice = torch.cat([x, x])
         both = self.model(twice, self._times(twice, t), torch.cat([self.style, self.reference]))
@@ -53,10 +64,10 @@ class GuidedField:
         differs = (self.style != self.reference).view(len(x), -1).any(1).view(each)
         guided = v + (self.scale - 1) * differs * (v - v_reference)
         if not self.rescale:
-            return guided
-        before, after = (each.flatten(1).std(1, correction=0) for each in (v, guided))
+            return v, guided
+        before, after = (part.flatten(1).std(1, correction=0) for part in (v, guided))
         shrink = torch.where(after > 0, before / after, 1.0)
-        return guided * (1 + self.rescale * (shrink - 1)).view(each)
+        return v, guided * (1 + self.rescale * (shrink - 1)).view(each)
 
     @staticmethod
     def _times(x: Tensor, t: float) -> Tensor:

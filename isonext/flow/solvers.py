@@ -7,6 +7,7 @@ backwards: never with a negated v as well. A *field* is a function (x, t) -> v w
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -35,6 +36,12 @@ def time_grid(
         unit = [(1 - math.cos(math.pi * u)) / 2 for u in unit]
     unit = [shift * u / (1 + (shift - 1) * u) for u in unit]
     return [start + (end - start) * u for u in unit] + [end]
+
+
+def with_times(grid: Sequence[float], times: Sequence[float]) -> list[float]:
+    """The rising grid with these times put in, where they lie inside it and no time of the grid is theirs already."""
+    inside = {time for time in times if grid[0] < time < grid[-1] and min(abs(time - t) for t in grid) > 1e-9}
+    return sorted([*grid, *inside])
 
 
 #################################################################################
@@ -151,13 +158,12 @@ def _anderson(points: list[Tensor], misses: list[Tensor]) -> Tensor:
 class LatticeState:
     """Position and defect at one end of a leg, as int64 multiples of `LATTICE`; both like x in shape.
 
-    The defect d = w - v(x, t, style) is what the leapfrog's velocity w has drifted from the field. It is zero at a
-    picture, and it is what makes the way back exact: a leg starts with w = v + d under *its own* style, so the style
-    may change between two legs and the whole stays a bijection.
+    The defect d = w - v(x, t, style) is what the leapfrog's velocity w has drifted from the field by the end of a leg.
+    It is what the way back needs: it starts with w = v + d and ends at a defect of zero, where the leg began.
     """
 
     position: Tensor
-    defect: Tensor
+    defect: Tensor | None  # None at the end of a leg that nobody means to run back
 
     @classmethod
     def at_picture(cls, x: Tensor) -> "LatticeState":
@@ -190,35 +196,43 @@ def check_finite(peak: Tensor) -> None:
 
 
 def leapfrog_leg(
-    field: VelocityField,
+    pieces: Sequence[tuple[VelocityField, Sequence[float]]],  # a field and its part of the grid, one after another
     state: LatticeState,
-    grid: Sequence[float],
     trail: list[tuple[Tensor, Tensor]] | None = None,  # is given x and w, on the lattice, after every step
+    reversible: bool = True,  # False: leave the defect out at the end, and with it one evaluation
 ) -> LatticeState:
     """Asynchronous leapfrog (Zhuang et al., "MALI", arXiv:2102.04668, eq. 3) on integers; N + 2 evaluations.
 
         m = x + half * w;    w' = 2 v(m, (a + b) / 2) - w;    x' = m + half * w',    half = (b - a) / 2
 
-    Undone exactly by the same leg on the reversed grid: (b + a) / 2 is the same number both ways, the drift by
+    Undone exactly by the pieces in reverse, on reversed grids: (b + a) / 2 is the same number both ways, the drift by
     -half is the exact opposite (rounding is symmetric), so the network meets the same m, bit for bit.
+
+    A field that jumps inside a step would cost the second order; where one piece follows another, w takes the jump
+    along, w + v_next - v_before (GuidedField.change_from), so that its defect, and the order, stay what they are.
     """
     peaks = []  # looked at when the leg is over, so that no step waits for the device
 
-    def velocity(points: Tensor, t: float) -> Tensor:
+    def velocity(field: VelocityField, points: Tensor, t: float) -> Tensor:
         v = field(from_lattice(points), t)
         peaks.append(v.abs().amax())
         return _nearest(v)
 
-    x = state.position
-    w = velocity(x, grid[0]) + state.defect
-    for a, b in pairwise(grid):
-        half = (b - a) / 2
-        m = x + _drift(w, half)
-        w = 2 * velocity(m, (a + b) / 2) - w
-        x = m + _drift(w, half)
-        if trail is not None:
-            trail.append((x, w))
-    end = LatticeState(x, w - velocity(x, grid[-1]))
+    x, before = state.position, None
+    for field, grid in pieces:
+        if before is None:
+            w = velocity(field, x, grid[0]) + (0 if state.defect is None else state.defect)
+        else:
+            w = w + velocity(partial(field.change_from, before), x, grid[0])
+        for a, b in pairwise(grid):
+            half = (b - a) / 2
+            m = x + _drift(w, half)
+            w = 2 * velocity(field, m, (a + b) / 2) - w
+            x = m + _drift(w, half)
+            if trail is not None:
+                trail.append((x, w))
+        before = field
+    end = LatticeState(x, w - velocity(field, x, grid[-1]) if reversible else None)
     check_finite(torch.stack(peaks).amax())
     return end
 

@@ -20,6 +20,7 @@ from isonext.flow.solvers import (
     leapfrog_leg,
     time_grid,
     to_lattice,
+    with_times,
 )
 
 METHODS = ("alf", *ONE_STEP_METHODS, "flowedit")
@@ -46,23 +47,56 @@ class TransferSettings:
 
     @property
     def grid(self) -> list[float]:
-        """The times of the generation leg; the inversion takes them from the end."""
-        return time_grid(self.num_steps, 1 - self.strength, 1.0, self.time_grid, self.time_shift)[self.skip :]
+        """The times of the generation leg; the inversion takes them from the end.
 
-    def legs(self, model: Model, source: Tensor, target: Tensor) -> tuple[GuidedField, GuidedField]:
-        """The fields of the inversion and of the generation leg."""
-        reference = (
-            source if self.guidance == "source" else torch.full((len(source),), model.null_style, device=source.device)
-        )
-        guided = GuidedField(model, target, self.cfg_scale, reference, self.cfg_interval, self.cfg_rescale)
-        return GuidedField(model, source), guided
+        Where guidance acts, its ends are times of the grid, at the price of a step each where they were not already: a
+        step across an end would cost every method its order.
+        """
+        times = time_grid(self.num_steps, 1 - self.strength, 1.0, self.time_grid, self.time_shift)
+        return (times if self.cfg_scale == 1 else with_times(times, self.cfg_interval))[self.skip :]
+
+    def legs(self, model: Model, source: Tensor, target: Tensor) -> tuple["Leg", "Leg"]:
+        """The inversion, from the picture to its structure, and the generation leg, from there to the target."""
+        inversion = Leg([(GuidedField(model, source), self.grid[::-1])])
+        reference = source if self.guidance == "source" else null_styles(model, source)
+        return inversion, self.generation(model, target, reference)
+
+    def generation(self, model: Model, style: Tensor, reference: Tensor) -> "Leg":
+        """The leg from structure to `style`, guided in the steps that lie inside the interval of guidance (Kynkaanniemi
+        et al., arXiv:2404.07724)."""
+        plain = GuidedField(model, style)
+        guided = GuidedField(model, style, self.cfg_scale, reference, self.cfg_rescale)
+        low, high = self.cfg_interval
+        pieces: list[tuple[GuidedField, list[float]]] = []
+        for a, b in pairwise(self.grid):
+            field = guided if guided.scale != 1 and low <= (a + b) / 2 <= high else plain
+            if pieces and pieces[-1][0] is field:
+                pieces[-1][1].append(b)
+            else:
+                pieces.append((field, [a, b]))
+        return Leg(pieces or [(plain, self.grid)])
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One integration from end to end: pieces of the grid, one after another, with the field of each."""
+
+    pieces: list[tuple[GuidedField, list[float]]]
+
+    def backwards(self) -> "Leg":
+        return Leg([(field, grid[::-1]) for field, grid in reversed(self.pieces)])
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations a picture so far."""
+        return sum({id(field): field.nfe for field, _ in self.pieces}.values())
 
 
 @dataclass
 class Inverted:
     """Pictures at their structure, t = 1 - strength."""
 
-    state: State
+    state: State  # for alf with the defect that the inversion ended with, which the way back to the picture needs
     nfe: int  # network evaluations a picture
     residual: Tensor | None = None  # (B,) of a fixed-point inversion, else None
 
@@ -71,8 +105,8 @@ class Inverted:
 class Transfer:
     latents: Tensor  # (B, C, h, w), in the target style, float32
     nfe: int  # network evaluations a picture, both legs
-    start: State | None  # of the generation leg: the structure; None for flowedit, which has none
-    end: State | None  # of the generation leg, which `undo` starts from
+    start: State | None  # the structure, as the inversion left it; None for flowedit, which has none
+    end: State | None  # of the generation leg
     residual: Tensor | None = None
 
 
@@ -96,38 +130,53 @@ def transfer(model: Model, x1: Tensor, source: Tensor, target: Tensor, settings:
 @torch.inference_mode()
 def invert(model: Model, x1: Tensor, source: Tensor, settings: TransferSettings) -> Inverted:
     """The inversion leg: latents (B, C, h, w) of style `source` (B,) to their structure."""
-    field = GuidedField(model, source)
-    state, residual = _run_leg(field, _start(x1, settings), settings.grid[::-1], settings)
-    return Inverted(state, field.nfe, residual)
+    leg = Leg([(GuidedField(model, source), settings.grid[::-1])])
+    state, residual = _run_leg(leg, _start(x1, settings), settings)
+    return Inverted(state, leg.nfe, residual)
 
 
 @torch.inference_mode()
 def generate(model: Model, inverted: Inverted, source: Tensor, target: Tensor, settings: TransferSettings) -> Transfer:
-    """The generation leg: structure to latents of style `target` (B,), or of an embedding (B, style_dim)."""
-    field = settings.legs(model, source, target)[1]
-    end, _ = _run_leg(field, inverted.state, settings.grid, settings)
-    latents = _finished(latents_of(end), settings)
-    return Transfer(latents, inverted.nfe + field.nfe, inverted.state, end, inverted.residual)
+    """The generation leg: structure to latents of style `target` (B,), or of an embedding (B, style_dim).
+
+    It starts with a defect of zero, since the inversion's is an error under the source style that would only be added
+    to its own; but back to the source style itself it takes it along, and so returns the picture to the bit.
+    """
+    leg = settings.legs(model, source, target)[1]
+    end, _ = _run_leg(leg, _start_of_generation(model, inverted.state, source, target), settings)
+    return Transfer(
+        _finished(latents_of(end), settings), inverted.nfe + leg.nfe, inverted.state, end, inverted.residual
+    )
 
 
 @torch.inference_mode()
 def sample(model: Model, x0: Tensor, style: Tensor, settings: TransferSettings) -> Tensor:
     """A leg from the base: x0 (B, C, ...) -> latents of `style` (B,), guided against the null style."""
-    null = torch.full((len(style),), model.null_style, device=style.device)
-    field = GuidedField(model, style, settings.cfg_scale, null, settings.cfg_interval, settings.cfg_rescale)
-    end, _ = _run_leg(field, _start(x0, settings), settings.grid, settings)
+    end, _ = _run_leg(settings.generation(model, style, null_styles(model, style)), _start(x0, settings), settings)
     return _finished(latents_of(end), settings)
 
 
 @torch.inference_mode()
 def undo(
-    model: Model, end: State, source: Tensor, target: Tensor, settings: TransferSettings
+    model: Model, transfer: Transfer, source: Tensor, target: Tensor, settings: TransferSettings
 ) -> tuple[State, State, Tensor | None]:
-    """A transfer run backwards: the states at its structure and at its picture, and a fixed point's residual (B,)."""
-    inversion, generation = settings.legs(model, source, target)
-    free = replace(settings, latent_clamp=None)  # a clamp has no way back
-    start, residual = _run_leg(generation, end, settings.grid[::-1], free)
-    return start, _run_leg(inversion, start, settings.grid, free)[0], residual
+    """A transfer run backwards: the states at its structure and at its picture, and a fixed point's residual (B,).
+
+    For alf the first state is `transfer.start` to the bit, the second the picture with a defect of zero.
+    """
+    leg = settings.legs(model, source, target)[1].backwards()
+    start, residual = _run_leg(leg, transfer.end, _unclamped(settings))
+    if isinstance(start, LatticeState):  # the generation left this behind
+        begun = _start_of_generation(model, transfer.start, source, target)
+        start = LatticeState(start.position, start.defect - begun.defect + transfer.start.defect)
+    return start, restore(model, start, source, settings), residual
+
+
+@torch.inference_mode()
+def restore(model: Model, structure: State, source: Tensor, settings: TransferSettings) -> State:
+    """The inversion leg run backwards: a structure of style `source` (B,) to its picture."""
+    leg = Leg([(GuidedField(model, source), settings.grid)])
+    return _run_leg(leg, structure, _unclamped(settings))[0]
 
 
 @torch.inference_mode()
@@ -147,11 +196,11 @@ def keep_structure(
     the picture itself is returned.
     """
     field, grid, trail = GuidedField(model, source), settings.grid, []
-    _run_leg(field, _start(x1, settings), grid[::-1], settings, trail)
+    _run_leg(Leg([(field, grid[::-1])]), _start(x1, settings), settings, trail)
     trail = [*reversed(trail), None]  # at each time of the grid
-    made, scores = {}, {}
+    transfers, scores = {}, {}
 
-    def inverted(skip: int) -> Inverted:
+    def structure(skip: int) -> Inverted:
         solved = settings.inversion == "fixed_point"
         if trail[skip] is None:
             return Inverted(_start(x1, settings), 0, torch.zeros(len(x1), device=x1.device) if solved else None)
@@ -162,30 +211,56 @@ def keep_structure(
 
     def passes(skip: int) -> bool:
         cut = replace(settings, skip=settings.skip + skip)
-        made[skip] = generate(model, inverted(skip), source, target, cut)
-        scores[skip] = score(made[skip].latents)
+        transfers[skip] = generate(model, structure(skip), source, target, cut)
+        scores[skip] = score(transfers[skip].latents)
         return scores[skip] >= floor
 
     steps = len(grid) - 1
     skip = bisect.bisect_left(range(steps), True, key=passes)
     if skip == steps:  # nothing passed but the picture itself
         passes(skip)
-    nfe = field.nfe + sum(each.nfe for each in made.values())
+    nfe = field.nfe + sum(transfer.nfe for transfer in transfers.values())
     tried = [(1 - grid[skip], score) for skip, score in scores.items()]
-    return replace(made[skip], nfe=nfe), replace(settings, skip=settings.skip + skip), tried
+    return replace(transfers[skip], nfe=nfe), replace(settings, skip=settings.skip + skip), tried
 
 
 def _run_leg(
-    field: GuidedField, state: State, grid: list[float], settings: TransferSettings, trail: list | None = None
+    leg: Leg, state: State, settings: TransferSettings, trail: list | None = None
 ) -> tuple[State, Tensor | None]:
     """One leg either way, and the residual (B,) of a solved one; a falling grid leads towards the structure."""
     if settings.method == "alf":
-        return leapfrog_leg(field, state, grid, trail), None
+        return leapfrog_leg(leg.pieces, state, trail), None
     if settings.inversion == "explicit":
-        return integrate(field, state, grid, settings.method, settings.latent_clamp, trail), None
-    if grid[0] >= grid[-1]:
-        return integrate_back(field, state, grid, settings.method, settings.tolerance, trail)
-    return integrate(field, state, grid, settings.method, None, trail), None  # a clamp would not be solved for
+        for field, grid in leg.pieces:
+            state = integrate(field, state, grid, settings.method, settings.latent_clamp, trail)
+        return state, None
+    if leg.pieces[0][1][0] < leg.pieces[-1][1][-1]:
+        for field, grid in leg.pieces:
+            state = integrate(field, state, grid, settings.method, None, trail)  # a clamp would not be solved for
+        return state, None
+    worst = torch.zeros(len(state), device=state.device)
+    for field, grid in leg.pieces:
+        state, residual = integrate_back(field, state, grid, settings.method, settings.tolerance, trail)
+        worst = torch.maximum(worst, residual)
+    return state, worst
+
+
+def null_styles(model: Model, style: Tensor) -> Tensor:
+    """The dropped label (B,) for as many pictures."""
+    return torch.full((len(style),), model.null_style, device=style.device)
+
+
+def _start_of_generation(model: Model, structure: State, source: Tensor, target: Tensor) -> State:
+    """Where the generation leg begins: for alf at the structure with a defect of zero, but in pictures whose target is
+    their source."""
+    if not isinstance(structure, LatticeState) or structure.defect is None:
+        return structure
+    equal = (model.embed(source) == target).all(1) if target.is_floating_point() else source == target
+    return LatticeState(structure.position, structure.defect * equal.view(-1, *[1] * (structure.position.ndim - 1)))
+
+
+def _unclamped(settings: TransferSettings) -> TransferSettings:
+    return replace(settings, latent_clamp=None)  # a clamp has no way back
 
 
 def _start(x: Tensor, settings: TransferSettings) -> State:
@@ -201,18 +276,18 @@ def _flowedit(model: Model, x1: Tensor, source: Tensor, target: Tensor, settings
     """FlowEdit (Kulikov et al., arXiv:2412.08629, algorithm 1): the two styles' difference along noised pictures.
 
     No inversion: z starts at the picture and moves by v_b(z + z_src - x1) - v_a(z_src), z_src = t x1 + (1 - t) x0, the
-    mean over `noise_samples` x0 of the base, whose noise is the same for every picture and step. Equal styles change
-    nothing.
+    mean over `noise_samples` x0 of the base, drawn anew for every step and the same for every picture. Equal styles
+    change nothing.
     """
-    of_source, of_target = settings.legs(model, source, target)
+    of_source, leg = GuidedField(model, source), settings.legs(model, source, target)[1]
     generator = torch.Generator().manual_seed(settings.seed)
-    noises = torch.randn(settings.noise_samples, 1, *x1.shape[1:], generator=generator).to(x1.device)
     z = x1
-    bases = [model.x0(noise.expand_as(x1), x1, source) for noise in noises]
-    for a, b in pairwise(settings.grid):
-        change = torch.zeros_like(x1)
-        for x0 in bases:
-            noisy = a * x1 + (1 - a) * x0
-            change += of_target(noisy + (z - x1), a) - of_source(noisy, a)
-        z = z + (b - a) / len(noises) * change
-    return Transfer(_finished(z, settings), of_source.nfe + of_target.nfe, None, None)
+    for of_target, grid in leg.pieces:
+        for a, b in pairwise(grid):
+            noises = torch.randn(settings.noise_samples, 1, *x1.shape[1:], generator=generator).to(x1.device)
+            change = torch.zeros_like(x1)
+            for noise in noises:
+                noisy = a * x1 + (1 - a) * model.x0(noise.expand_as(x1), x1, source)
+                change += of_target(noisy + (z - x1), a) - of_source(noisy, a)
+            z = z + (b - a) / len(noises) * change
+    return Transfer(_finished(z, settings), of_source.nfe + leg.nfe, None, None)

@@ -65,5 +65,5 @@ def draw_batch(split: LatentSplit, base: Base, training: TrainingConfig, step: i
     noise = torch.randn(x1.shape, generator=generator)
     t = sample_time(len(index), training.time_sampling, generator)
     if training.coupling == "ot":
-        noise = pair_noise(noise, x1, style)
+        noise = pair_noise(noise, base.above(x1), style)
     return Batch(base.x0(noise, x1, style), x1, t, drop_labels(style, training.label_drop_prob, null_style, generator))

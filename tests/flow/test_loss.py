@@ -227,12 +227,15 @@ def test_guidance_moves_every_channel_away_from_the_reference_in_one_doubled_bat
     assert field.nfe == 2
 
 
-@pytest.mark.parametrize(("t", "inside"), [(0.125, False), (0.25, True), (0.5, True), (0.75, True), (0.875, False)])
-def test_guidance_acts_inside_its_closed_interval_and_costs_one_forward_outside(t, inside):
+def test_the_change_between_a_plain_and_a_guided_field_costs_two_evaluations_and_has_one_size_both_ways():
     model = Affine()
-    field = GuidedField(model, STYLE, 2.5, REFERENCE, (0.25, 0.75))
-    assert torch.equal(field(X, t), expected(t, 6.0, -3.0) if inside else expected(t, 3.0, 0.0))
-    assert model.batches == [4 if inside else 2]
+    plain, guided = GuidedField(model, STYLE), GuidedField(model, STYLE, 2.5, REFERENCE)
+    up = guided.change_from(plain, X, 0.5)
+    assert torch.equal(up, expected(0.5, 6.0, -3.0) - expected(0.5, 3.0, 0.0))
+    assert torch.equal(plain.change_from(guided, X, 0.5), -up)
+    assert model.batches == [4, 4]
+    assert (plain.nfe, guided.nfe) == (0, 4)
+    assert torch.equal(plain.change_from(plain, X, 0.5), torch.zeros_like(X))
 
 
 def test_contrast_with_an_equal_style_is_the_identity_in_one_forward():
@@ -303,13 +306,6 @@ def test_rescaling_leaves_a_velocity_without_deviation_alone():
 def test_a_missing_reference_is_an_error_that_names_the_scale(scale):
     with pytest.raises(ValueError, match=str(scale)):
         GuidedField(Affine(), STYLE, scale)
-
-
-def test_nfe_adds_up_one_outside_and_two_inside_the_interval():
-    field = GuidedField(Affine(), STYLE, 2.0, REFERENCE, (0.5, 1.0))
-    for t in (0.0, 0.25, 0.5, 1.0):
-        field(X, t)
-    assert field.nfe == 1 + 1 + 2 + 2
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -27,7 +27,7 @@ quick = settings(deadline=None, max_examples=15)
 
 def solve(field, x, grid, method):
     if method == "alf":
-        return leapfrog_leg(field, LatticeState.at_picture(x), grid).x
+        return leapfrog_leg([(field, grid)], LatticeState.at_picture(x)).x
     return integrate(field, x, grid, method)
 
 
@@ -143,7 +143,7 @@ def test_one_step_is_what_the_formula_gives_by_hand(method, growth, square):
 def test_a_leapfrog_step_starts_from_the_defect_and_leaves_one():
     # x' = x from x = 1, w = 1 + 0.5: m = 1.75, w' = 2 * 1.75 - 1.5 = 2, x' = 2.75, defect 2 - 2.75
     start = LatticeState(to_lattice(torch.tensor([1.0])), to_lattice(torch.tensor([0.5])))
-    end = leapfrog_leg(lambda x, t: x, start, [0.0, 1.0])
+    end = leapfrog_leg([(lambda x, t: x, [0.0, 1.0])], start)
     assert from_lattice(end.position).item() == 2.75
     assert from_lattice(end.defect).item() == -0.75
 
@@ -384,17 +384,20 @@ def test_the_network_of_these_tests_is_far_from_trivial():
 @quick
 @given(state=random_states, grid=random_grids)
 def test_a_leapfrog_leg_is_undone_bit_for_bit_on_any_grid_from_any_state(state, grid):
-    end = leapfrog_leg(GuidedField(MODEL, A), state, grid[::-1])
-    assert same(leapfrog_leg(GuidedField(MODEL, A), end, grid), state)
+    end = leapfrog_leg([(GuidedField(MODEL, A), grid[::-1])], state)
+    assert same(leapfrog_leg([(GuidedField(MODEL, A), grid)], end), state)
     assert grid[-1] - grid[0] < 0.01 or not same(end, state)  # so the legs do something
 
 
 @quick
 @given(state=random_states, grid=random_grids, scale=st.sampled_from([1.0, 0.0, 2.5]))
 def test_style_a_to_b_to_a_comes_back_bit_for_bit_with_guidance(state, grid, scale):
-    a, b = GuidedField(MODEL, A), GuidedField(MODEL, B, scale, torch.full_like(B, MODEL.null_style), (0.2, 0.8))
-    made = leapfrog_leg(b, leapfrog_leg(a, state, grid[::-1]), grid)
-    assert same(leapfrog_leg(a, leapfrog_leg(b, made, grid[::-1]), grid), state)
+    in_a, in_b = GuidedField(MODEL, A), GuidedField(MODEL, B)
+    guided = GuidedField(MODEL, B, scale, torch.full_like(B, MODEL.null_style))
+    there = [(in_b, grid[:2]), (guided, grid[1:]), (in_b, grid[-1:])]  # guided from the second time on
+    back = [(field, times[::-1]) for field, times in reversed(there)]
+    end = leapfrog_leg(there, leapfrog_leg([(in_a, grid[::-1])], state))
+    assert same(leapfrog_leg([(in_a, grid)], leapfrog_leg(back, end)), state)
 
 
 @quick
@@ -402,7 +405,7 @@ def test_style_a_to_b_to_a_comes_back_bit_for_bit_with_guidance(state, grid, sca
 def test_style_a_to_b_to_c_to_b_to_a_comes_back_bit_for_bit(state, grid):
     def change(state, source, target):
         return leapfrog_leg(
-            GuidedField(MODEL, target), leapfrog_leg(GuidedField(MODEL, source), state, grid[::-1]), grid
+            [(GuidedField(MODEL, target), grid)], leapfrog_leg([(GuidedField(MODEL, source), grid[::-1])], state)
         )
 
     in_b = change(state, A, B)
@@ -422,8 +425,8 @@ any_grids = st.one_of(
 @given(state=random_states, grid=any_grids)
 def test_a_leg_on_any_grid_passes_on_its_way_back_through_the_states_of_its_way_there(state, grid):
     there, back = [], []
-    end = leapfrog_leg(GuidedField(MODEL, A), state, grid, there)
-    assert same(leapfrog_leg(GuidedField(MODEL, A), end, grid[::-1], back), state)
+    end = leapfrog_leg([(GuidedField(MODEL, A), grid)], state, there)
+    assert same(leapfrog_leg([(GuidedField(MODEL, A), grid[::-1])], end, back), state)
     assert len(there) == len(back) == len(grid) - 1
     first = state.position, to_lattice(MODEL(state.x, torch.full((PICTURES,), grid[0]), A)) + state.defect
     for (x, w), (x_back, w_back) in zip([first, *there[:-1]], back[::-1], strict=True):
@@ -435,9 +438,9 @@ def test_a_leg_on_any_grid_passes_on_its_way_back_through_the_states_of_its_way_
 @given(state=random_states, grid=any_grids)
 def test_the_trail_of_a_leapfrog_leg_is_where_each_shorter_leg_ends(state, grid):
     trail = []
-    leapfrog_leg(GuidedField(MODEL, A), state, grid, trail)
+    leapfrog_leg([(GuidedField(MODEL, A), grid)], state, trail)
     for n, (x, w) in enumerate(trail, 1):
-        shorter = leapfrog_leg(GuidedField(MODEL, A), state, grid[: n + 1])
+        shorter = leapfrog_leg([(GuidedField(MODEL, A), grid[: n + 1])], state)
         v = to_lattice(MODEL(from_lattice(x), torch.full((PICTURES,), grid[n]), A))
         assert same(LatticeState(x, w - v), shorter)
 
@@ -454,10 +457,10 @@ def test_one_velocity_that_is_not_finite_anywhere_in_a_leg_is_an_error_at_its_en
         return v
 
     with pytest.raises(FloatingPointError, match="not finite"):
-        leapfrog_leg(field, LatticeState.at_picture(torch.zeros(2, 1, 3)), time_grid(3))
+        leapfrog_leg([(field, time_grid(3))], LatticeState.at_picture(torch.zeros(2, 1, 3)))
     assert len(calls) == 5  # N + 2: no step waits for the answer
 
 
 def test_a_velocity_that_is_absurd_but_on_the_lattice_passes():
-    end = leapfrog_leg(lambda x, t: x * 0 + 2.0**31, LatticeState.at_picture(torch.zeros(1)), [0.0, 1.0])
+    end = leapfrog_leg([(lambda x, t: x * 0 + 2.0**31, [0.0, 1.0])], LatticeState.at_picture(torch.zeros(1)))
     assert end.x.item() == 2.0**31

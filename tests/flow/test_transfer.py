@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from flow_cases import EVALUATIONS, MODEL, ORDER, PICTURES, A, B, C, Zero, picture, same
 from isonext.flow.solvers import LATTICE, ONE_STEP_METHODS, LatticeState, from_lattice, to_lattice
-from isonext.flow.transfer import TransferSettings, generate, invert, keep_structure, latents_of, transfer, undo
+from isonext.flow.transfer import (
+    Inverted,
+    TransferSettings,
+    generate,
+    invert,
+    keep_structure,
+    latents_of,
+    restore,
+    transfer,
+    undo,
+)
 
 quick = settings(deadline=None, max_examples=25)
 
@@ -41,7 +51,7 @@ def test_alf_undoes_a_transfer_bit_for_bit(strength, scale, guidance):
     x1 = picture(1)
     chosen = TransferSettings("alf", 3, strength, scale, guidance, (0.1, 0.9))
     made = transfer(MODEL, x1, A, B, chosen)
-    assert torch.equal(undo(MODEL, made.end, A, B, chosen)[1].x, on_lattice(x1))
+    assert torch.equal(undo(MODEL, made, A, B, chosen)[1].x, on_lattice(x1))
     assert strength == 0 or (made.latents - x1).abs().max() > 0.05
 
 
@@ -49,7 +59,7 @@ def test_alf_undoes_a_transfer_of_pictures_of_different_styles_bit_for_bit():
     x1, chosen = picture(2), TransferSettings("alf", 4, 1.0, 3.0, "source")
     source, target = torch.tensor([0, 1]), torch.tensor([2, 1])
     made = transfer(MODEL, x1, source, target, chosen)
-    assert torch.equal(undo(MODEL, made.end, source, target, chosen)[1].x, on_lattice(x1))
+    assert torch.equal(undo(MODEL, made, source, target, chosen)[1].x, on_lattice(x1))
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0])
@@ -120,7 +130,7 @@ def test_undoing_an_explicit_method_comes_back_as_far_as_its_error_allows(method
     for num_steps in (20, 40):
         chosen = TransferSettings(method, num_steps)
         made = transfer(Hyperbolas(), x1, source, target, chosen)
-        error.append((undo(Hyperbolas(), made.end, source, target, chosen)[1] - x1).abs().max().item())
+        error.append((undo(Hyperbolas(), made, source, target, chosen)[1] - x1).abs().max().item())
     # At least first order: near half the error at half the step, or nothing but float32 rounding is left.
     assert error[1] < max(0.6 * error[0], 1e-6)
     assert error[1] < 0.1
@@ -142,7 +152,7 @@ def test_the_latent_clamp_leaves_the_end_of_alf_alone_and_so_its_way_back():
     assert same(clamped.end, free.end)
     assert torch.equal(clamped.start.x, free.start.x)
     assert torch.equal(clamped.latents, free.latents.clamp(-0.75, 0.75))
-    assert torch.equal(undo(MODEL, clamped.end, A, B, replace(chosen, latent_clamp=0.75))[1].x, on_lattice(x1))
+    assert torch.equal(undo(MODEL, clamped, A, B, replace(chosen, latent_clamp=0.75))[1].x, on_lattice(x1))
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
@@ -156,9 +166,69 @@ def test_a_transfer_costs_two_legs_and_a_guided_one_three(method, num_steps):
 
 
 def test_guidance_costs_a_second_forward_only_inside_its_interval():
-    # alf, 4 steps: t = 0, 1/8, 3/8, 5/8, 7/8, 1 on either leg, of which two are inside
-    chosen = TransferSettings("alf", 4, cfg_scale=2.0, guidance="null", cfg_interval=(0.3, 0.7))
-    assert transfer(Zero(), torch.ones(PICTURES, 1, 1, 1), A, B, chosen).nfe == 6 + 6 + 2
+    # alf, 4 steps on either leg: 4 + 2; two of the second leg's are guided, and at each end of the interval the
+    # velocity is carried over by a guided evaluation
+    chosen = TransferSettings("alf", 4, cfg_scale=2.0, guidance="null", cfg_interval=(0.25, 0.75))
+    assert transfer(Zero(), torch.ones(PICTURES, 1, 1, 1), A, B, chosen).nfe == 6 + (6 + 2) + 2 * 2
+    # the ends are not on the grid: 0, 1/4, 0.3, 1/2, 0.7, 3/4, 1
+    between = replace(chosen, cfg_interval=(0.3, 0.7))
+    assert between.grid == [0.0, 0.25, 0.3, 0.5, 0.7, 0.75, 1.0]
+    assert transfer(Zero(), torch.ones(PICTURES, 1, 1, 1), A, B, between).nfe == 8 + (8 + 2) + 2 * 2
+    assert transfer(Zero(), torch.ones(PICTURES, 1, 1, 1), A, B, replace(between, method="euler")).nfe == 6 + 6 + 2
+
+
+@pytest.mark.parametrize("ends", [(0.3, 0.7), (0.0, 0.55), (0.45, 1.0), (0.25, 0.25), (0.4, 0.45)])
+@pytest.mark.parametrize("kind", ["uniform", "cosine"])
+def test_a_step_is_guided_exactly_where_it_lies_inside_the_interval(ends, kind):
+    chosen = TransferSettings(num_steps=8, cfg_scale=2.0, guidance="null", cfg_interval=ends, time_grid=kind)
+    pieces = chosen.legs(Zero(), A, B)[1].pieces
+    assert [time for _, grid in pieces for time in grid[:-1]] + [1.0] == chosen.grid
+    guided = sum(grid[-1] - grid[0] for field, grid in pieces if field.scale == 2.0)
+    assert guided == pytest.approx(ends[1] - ends[0], abs=1e-12)  # Euler's and all others' alike
+    assert all(low <= grid[0] for field, grid in pieces if field.scale == 2.0 for low in ends[:1])
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.0])
+@pytest.mark.parametrize("method", ORDER)
+def test_guidance_on_an_interval_costs_no_method_its_order(method, scale):
+    # Hyperbolas: 1 / x grows by k (b^2 - a^2), with k guided from 0.2 to 0.63 alone.
+    x1 = torch.tensor([0.3, 0.5, 0.9, 1.2]).view(1, 1, 2, 2).double()
+    chosen = TransferSettings(method, 10, cfg_scale=scale, guidance="null", cfg_interval=(0.2, 0.63))
+    forward = 1.0 + (scale - 1) * (1.0 - 0.25) * (0.63**2 - 0.2**2)
+    exact = 1 / (1 / x1 - 0.5 + forward)
+    error = {}
+    for num_steps in (10, 20, 40, 80):
+        made = transfer(Hyperbolas(), x1.float(), one(0), one(1), replace(chosen, num_steps=num_steps))
+        error[num_steps] = (made.latents - exact).abs().max().item()
+    # Over three halvings of the step, or until float32 and the lattice are all that is left. (A single one may mislead:
+    # the errors of the two legs have signs of their own.)
+    assert error[80] <= max(error[10] / 8 ** (ORDER[method] - 0.3), 4e-6), error
+
+
+def test_the_defect_of_the_inversion_does_not_enter_the_generation():
+    # The leg from the structure alone, as if nobody had inverted, is the generation leg to the bit.
+    x1, chosen = picture(7), TransferSettings("alf", 4, cfg_scale=2.0, cfg_interval=(0.25, 0.75))
+    made = transfer(MODEL, x1, A, B, chosen)
+    assert made.start.defect.abs().max() > 0
+    bare = LatticeState(made.start.position, torch.zeros_like(made.start.defect))
+    alone = generate(MODEL, Inverted(bare, 0), A, B, chosen)
+    assert torch.equal(alone.latents, made.latents)
+    assert same(alone.end, made.end)
+
+
+def test_pictures_of_a_batch_whose_target_is_their_source_alone_take_their_defect_along():
+    x1, chosen = picture(9), TransferSettings("alf", 3)
+    source, target = torch.tensor([0, 1]), torch.tensor([2, 1])
+    made = transfer(MODEL, x1, source, target, chosen)
+    assert torch.equal(made.latents[1], on_lattice(x1)[1])
+    start, back, _ = undo(MODEL, made, source, target, chosen)
+    assert same(start, made.start)
+    assert same(back, LatticeState.at_picture(x1))
+
+
+def test_a_structure_is_restored_to_its_picture_without_its_transfer():
+    x1, chosen = picture(3), TransferSettings("alf", 4, 0.8)
+    assert same(restore(MODEL, invert(MODEL, x1, A, chosen).state, A, chosen), LatticeState.at_picture(x1))
 
 
 def test_the_grid_of_the_settings_is_shifted_over_what_the_strength_leaves_and_skips_at_the_structures_end():
@@ -186,8 +256,8 @@ def test_the_generation_leg_alone_is_guided_and_rescaled_by_hand():
 @pytest.mark.parametrize("method", ONE_STEP_METHODS)
 def test_the_way_back_of_an_explicit_method_is_not_clamped(method):
     x1, chosen = picture(5), TransferSettings(method, 3, latent_clamp=0.75)
-    end = transfer(MODEL, x1, A, B, chosen).end
-    clamped, free = (undo(MODEL, end, A, B, how) for how in (chosen, replace(chosen, latent_clamp=None)))
+    made = transfer(MODEL, x1, A, B, chosen)
+    clamped, free = (undo(MODEL, made, A, B, how) for how in (chosen, replace(chosen, latent_clamp=None)))
     assert torch.equal(clamped[0], free[0])
     assert torch.equal(clamped[1], free[1])
     assert free[1].abs().max() > 0.75
@@ -240,7 +310,7 @@ def same_transfers(a, b):
 def test_alf_undoes_a_transfer_bit_for_bit_whatever_the_settings(seed, how):
     x1 = picture(seed)
     made = transfer(MODEL, x1, A, B, how)
-    start, back, residual = undo(MODEL, made.end, A, B, how)
+    start, back, residual = undo(MODEL, made, A, B, how)
     assert same(start, made.start)
     assert same(back, LatticeState.at_picture(x1))  # with a defect of zero, as pictures have
     assert residual is None
@@ -253,23 +323,10 @@ def test_a_picture_passed_on_from_a_to_b_to_c_comes_back_to_b_to_a_bit_for_bit(s
     x1 = picture(seed)
     in_b = generate(MODEL, invert(MODEL, x1, A, first), A, B, first)
     in_c = generate(MODEL, invert(MODEL, in_b.latents, B, second), B, C, second)
-    back_in_b = undo(MODEL, in_c.end, B, C, second)[1]
+    back_in_b = undo(MODEL, in_c, B, C, second)[1]
     assert torch.equal(back_in_b.x, in_b.latents)
-    end = LatticeState(back_in_b.position, in_b.end.defect)
-    assert same(undo(MODEL, end, A, B, first)[1], LatticeState.at_picture(x1))
-
-
-@quick
-@given(seed=st.integers(0, 1000), how=random_settings(cfg_scale=st.just(1.0)), styles=st.permutations([A, B, C]))
-def test_a_state_led_through_a_sequence_of_styles_and_back_is_the_same_to_the_bit(seed, how, styles):
-    # Unguided, undoing "target to source" is the transfer from source to target of a state that has a defect.
-    a, b, c = styles
-    made = transfer(MODEL, picture(seed), a, b, how)
-    in_c = undo(MODEL, made.end, c, b, how)[1]
-    in_b = undo(MODEL, in_c, b, c, how)[1]
-    assert same(in_b, made.end)
-    assert same(undo(MODEL, in_b, a, b, how)[1], LatticeState.at_picture(picture(seed)))
-    assert len(how.grid) == 1 or how.strength < 0.1 or not torch.equal(in_c.position, in_b.position)
+    again = replace(in_b, end=LatticeState(back_in_b.position, in_b.end.defect))
+    assert same(undo(MODEL, again, A, B, first)[1], LatticeState.at_picture(x1))
 
 
 @pytest.mark.parametrize(("method", "inversion"), WITH_LEGS)
@@ -350,7 +407,7 @@ def test_the_strongest_transfer_that_passes_is_found_and_is_the_transfer_of_its_
     assert all(strength == 1 - how.grid[round(10 * reached)] for strength, reached in tried)
     assert len(tried) == len(set(tried)) <= math.ceil(math.log2(steps + 1)) + 1
     if method == "alf":
-        assert same(undo(MODEL, made.end, one(0), one(1), cut)[1], LatticeState.at_picture(x1))
+        assert same(undo(MODEL, made, one(0), one(1), cut)[1], LatticeState.at_picture(x1))
     if found == steps:
         assert torch.equal(made.latents, on_lattice(x1) if method == "alf" else x1)
 
@@ -428,7 +485,7 @@ def test_a_solved_inversion_comes_back_to_its_tolerance_where_an_explicit_one_do
     for inversion in ("explicit", "fixed_point"):
         chosen = TransferSettings(method, 5, inversion=inversion, tolerance=1e-6)
         made = transfer(Hyperbolas(), x1, one(0), one(1), chosen)
-        _, back, residual = undo(Hyperbolas(), made.end, one(0), one(1), chosen)
+        _, back, residual = undo(Hyperbolas(), made, one(0), one(1), chosen)
         error[inversion] = (back - x1).abs().max().item()
     assert (made.residual <= 1e-6).all()
     assert (residual <= 1e-6).all()
@@ -459,7 +516,7 @@ def test_the_latent_clamp_bounds_the_result_of_a_solved_inversion_and_spoils_nei
     assert torch.equal(clamped.latents, free.latents.clamp(-0.6, 0.6))
     assert torch.equal(clamped.start, free.start)
     assert torch.equal(clamped.end, free.end)
-    assert (undo(Hyperbolas(), clamped.end, one(0), one(1), clamping)[1] - x1).abs().max() <= 5e-5  # as above
+    assert (undo(Hyperbolas(), clamped, one(0), one(1), clamping)[1] - x1).abs().max() <= 5e-5  # as above
 
 
 @pytest.mark.parametrize(("skip", "passes"), [(0, [1, 1, 1]), (1, [1, 1, 0]), (3, [0, 1]), (4, [0, 0, 0])])
@@ -531,12 +588,12 @@ class Tied(Hyperbolas):
 def test_flowedit_is_the_formula_of_its_paper_step_by_step_in_float64(model, of_noise, of_x1):
     x1, scale = 0.5 * torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(3)), 1.5
     how = TransferSettings("flowedit", 3, 0.75, scale, "null", time_grid="cosine", noise_samples=2, seed=11)
-    noises = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(11)).double()
+    generator = torch.Generator().manual_seed(11)
     edited = x1.double()
     times = [0.25 + 0.75 * u for u in (0, 0.25, 0.75, 1)]
     for a, b in pairwise(times):
         moved = torch.zeros_like(edited)
-        for noise in noises:
+        for noise in torch.randn(2, 1, 3, 3, generator=generator).double():  # drawn anew for every step
             source = (1 - a) * (of_noise * noise + of_x1 * x1.double()) + a * x1.double()
             target = edited + source - x1.double()
             k = 1.0 + (scale - 1) * (1.0 - 0.25)
@@ -545,7 +602,7 @@ def test_flowedit_is_the_formula_of_its_paper_step_by_step_in_float64(model, of_
     made = transfer(model, x1, torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64), how)
     # squares of values up to 4 in float32, over some ten operations a step
     assert (made.latents - edited).abs().max() < 2e-5
-    assert (edited - x1).abs().max() > 0.1
+    assert (edited - x1).abs().max() > 0.05
 
 
 def test_flowedit_of_a_picture_does_not_depend_on_the_others_of_its_batch():
@@ -578,12 +635,12 @@ def test_the_seed_of_flowedit_fixes_its_noise_and_more_samples_depend_on_it_less
 def test_flowedit_costs_two_evaluations_a_step_and_noise_and_three_where_it_is_guided(num_steps, samples):
     how = TransferSettings("flowedit", num_steps, noise_samples=samples)
     guided = replace(how, cfg_scale=2.0, guidance="null")
-    # of t = 0, 1/4, 1/2, 3/4 two lie inside, of t = 0 alone none
+    # 0, 0.2, 0.6, 1, and of four steps 1/4, 1/2, 3/4 besides: one step inside the interval, or three
     partly = replace(guided, cfg_interval=(0.2, 0.6))
     for chosen, evaluations in (
         (how, 2 * num_steps),
         (guided, 3 * num_steps),
-        (partly, 2 * num_steps + (2 if num_steps == 4 else 0)),
+        (partly, 2 * 3 + 1 if num_steps == 1 else 2 * 6 + 3),
     ):
         model = Counted(Drift())
         made = transfer(model, torch.zeros(1, 1, 2, 2), one(0), one(1), chosen)
