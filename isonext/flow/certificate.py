@@ -10,10 +10,14 @@ from isonext.flow.transfer import State, TransferSettings
 
 
 class Certificate:
-    """Compares where a transfer started with where its way back ended, as integers, over any number of pictures."""
+    """Compares where a transfer started with where its way back ended, as integers, over any number of pictures.
+
+    The way back of alf needs the defects that its legs ended with: what they weigh is told beside the verdict.
+    """
 
     def __init__(self) -> None:
         self.elements = self.differing = self.largest = 0  # latent elements; the largest in lattice points
+        self.defects, self.defect_energy = 0, 0.0  # elements of defects, and the sum of their squares
         self.pictures: set[str] = set()  # the SHA-256 of each one's starting positions
 
     def compare(self, start: State, back: State, count: int | None = None) -> None:
@@ -25,8 +29,18 @@ class Certificate:
         self.largest = max(self.largest, int(change.max()))
         self.pictures.update(hashlib.sha256(_bytes(picture)).hexdigest() for picture in x)
 
+    def weigh(self, *ends: State | None, count: int | None = None) -> None:
+        """Take in the defects of states at the ends of legs, of a batch or of its first `count` pictures."""
+        for end in ends:
+            if isinstance(end, LatticeState) and end.defect is not None:
+                defect = end.defect[:count].double() * LATTICE
+                self.defects += defect.numel()
+                self.defect_energy += defect.square().sum().item()
+
     def include(self, other: "Certificate") -> None:
         """Take in what another process has compared."""
+        self.defects += other.defects
+        self.defect_energy += other.defect_energy
         self.elements += other.elements
         self.differing += other.differing
         self.largest = max(self.largest, other.largest)
@@ -35,6 +49,11 @@ class Certificate:
     @property
     def exact(self) -> bool:
         return self.elements > 0 and self.differing == 0
+
+    @property
+    def defect(self) -> float:
+        """Root mean square of the defects, in deviations of the latents; 0 where nothing has one."""
+        return (self.defect_energy / self.defects) ** 0.5 if self.defects else 0.0
 
     @property
     def sha256(self) -> str:
@@ -49,11 +68,16 @@ class Certificate:
         if not self.elements:
             return "certificate: none, since nothing was made"
         if self.exact:
-            return f"certificate: exact (0 of {self.elements} elements differ), sha256 {self.sha256}"
+            return (
+                f"certificate: exact (0 of {self.elements} elements differ){self._with_defect()}, sha256 {self.sha256}"
+            )
         return (
             f"certificate: NOT exact: {self.differing} of {self.elements} elements differ, "
             f"the largest by {self.largest * LATTICE:.2g} deviations; {cause}"
         )
+
+    def _with_defect(self) -> str:
+        return f", with the defects that the way back needs ({self.defect:.2g} rms)" if self.defects else ""
 
 
 def likely_cause(settings: TransferSettings) -> str:
@@ -71,7 +95,7 @@ def digest(state: State) -> str:
 
 def _integers(state: State) -> tuple[Tensor, Tensor]:
     state = state if isinstance(state, LatticeState) else LatticeState.at_picture(state)
-    return state.position, state.defect
+    return state.position, torch.zeros_like(state.position) if state.defect is None else state.defect
 
 
 def _bytes(points: Tensor) -> bytes:
