@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
+from isonext import __version__
 from isonext.checkpoint import (
-    EMA,
     INTERRUPTED,
     Checkpoint,
     build_model,
@@ -17,6 +17,7 @@ from isonext.checkpoint import (
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.flow.base import Base
+from isonext.training.state import EMA
 
 BASE = Base(0.8, 2, torch.ones(2, 12), torch.ones(2, 12), torch.ones(12, 2, 2))
 SPEC = LatentSpec("dct:f4c12", 12, 4, 16, ["ink", "oil"], mean=[0.5] * 12, std=[2.0] * 12)
@@ -93,11 +94,11 @@ def test_a_checkpoint_is_data_that_loads_with_weights_only(made, tmp_path):
 def test_a_checkpoint_of_the_first_format_starts_from_white_noise(made, tmp_path):
     made.save(tmp_path / "a.pt")
     tree = torch.load(tmp_path / "a.pt", weights_only=True)
-    del tree["base"], tree["store"], tree["guard"]
+    del tree["base"], tree["store"], tree["guard"], tree["version"]
     del tree["config"]["training"]["anchor_strength"]
     torch.save(tree | {"format": 1}, tmp_path / "a.pt")
     loaded = load_checkpoint(tmp_path / "a.pt")
-    assert (loaded.store, loaded.guard) == ("", {})
+    assert (loaded.store, loaded.guard, loaded.version) == ("", {}, "")
     assert loaded.base.strength == loaded.config.training.anchor_strength == 0
     assert_same(loaded.model, made.model)
 
@@ -107,6 +108,18 @@ def test_the_network_of_a_checkpoint_is_the_averaged_one(made, tmp_path, cpu):
     assert_same(dict(model.state_dict()), dict(made.ema))
     assert not torch.equal(model.head.weight, made.model["head.weight"])
     assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_checkpoint_says_which_version_wrote_it_and_one_of_before_loads(made, tmp_path):
+    made.save(tmp_path / "a.pt")
+    tree = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert tree["version"] == load_checkpoint(tmp_path / "a.pt").version == __version__ != ""
+    del tree["version"]
+    torch.save(tree, tmp_path / "a.pt")
+    before = load_checkpoint(tmp_path / "a.pt")
+    assert before.version == "" and before.step == made.step
+    for part in ("model", "ema", "optimizer"):
+        assert_same(getattr(before, part), getattr(made, part))
 
 
 @pytest.mark.parametrize(
@@ -185,35 +198,6 @@ def test_counts_come_from_the_latents_or_agree_with_them(make_config, tmp_path):
         model = build_model(make_config(tmp_path, changes), SPEC)
         assert model.stem.weight.shape == (16, 12, 3, 3)
         assert model.null_style == 2 and model.style.weight.shape == (3, 8)
-
-
-#################################################################################
-#                                    Average                                    #
-#################################################################################
-
-
-def test_the_average_warms_up_as_by_hand_and_moves_towards_the_weights():
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    ema = EMA(model, 0.9995)
-    expected = 0.0
-    for step, weight, decay in [(0, 1.0, 1 / 10), (1, 3.0, 2 / 11), (2, -1.0, 3 / 12)]:
-        torch.nn.init.constant_(model.weight, weight)
-        ema.update(model, step)
-        distance = abs(expected - weight)
-        expected = decay * expected + (1 - decay) * weight
-        assert ema.model.weight.item() == pytest.approx(expected, abs=1e-6)
-        assert abs(ema.model.weight.item() - weight) < distance
-    assert model.weight.item() == -1.0, "the weights themselves stay"
-
-
-def test_after_the_warm_up_the_decay_is_the_configs():
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    ema = EMA(model, 0.75)
-    torch.nn.init.ones_(model.weight)
-    ema.update(model, 10**6)
-    assert ema.model.weight.item() == pytest.approx(0.25, abs=1e-6)
 
 
 #################################################################################

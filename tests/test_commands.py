@@ -320,8 +320,8 @@ def test_plan_benchmark_finds_the_estimate_near_what_is_measured():
     done = call(ROOT, "benchmarks/plan.py", "--device", "cpu", "--sizes", "32x2x16x8", "64x1x8x4")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert [(row["size"], row["keep"]) for row in figures["rows"]] == [
-        (size, keep) for size in ("32x2x16x8", "64x1x8x4") for keep in ("all", "products", "input")
+    assert [(row["size"], row["recompute"]) for row in figures["rows"]] == [
+        (size, recompute) for size in ("32x2x16x8", "64x1x8x4") for recompute in ("none", "selective", "full")
     ]
     assert figures["worst"] == max(abs(row["error"]) for row in figures["rows"]) <= 0.15
     done = call(ROOT, "benchmarks/plan.py", "--sizes", "32x2x16")

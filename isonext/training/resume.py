@@ -6,7 +6,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isonext.checkpoint import Checkpoint, load_weights
+from isonext.checkpoint import (
+    BEST,
+    INTERRUPTED,
+    Checkpoint,
+    epoch_checkpoints,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+)
 from isonext.config import Config, config_to_dict
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
@@ -17,6 +25,21 @@ FIXED = {  # the rest of the training section may change on the way; the whole m
     "anchor_strength": "the network knows one base",
     "anchor_cells": "the network knows one base",
 }
+
+
+def find_start(folder: Path, resume: str | None) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint that `resume` names, or the folder's "newest"; None where the run starts from the beginning.
+
+    UserError where a new run would write over the checkpoints of another.
+    """
+    if resume is not None:
+        return newest_checkpoint(folder) if resume == "newest" else (Path(resume), load_checkpoint(resume))
+    if epoch_checkpoints(folder) or any((folder / name).exists() for name in (INTERRUPTED, BEST)):
+        raise UserError(
+            f"{folder}: holds the checkpoints of a run; go on with --resume, "
+            "or start another with --set checkpoint.save_dir=FOLDER"
+        )
+    return None
 
 
 def check_resume(checkpoint: Checkpoint, path: Path, config: Config, spec: LatentSpec, store: str) -> list[str]:
