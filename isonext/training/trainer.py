@@ -4,14 +4,12 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from isonext.checkpoint import BEST, INTERRUPTED, Checkpoint, epoch_checkpoints, load_checkpoint, network_of
@@ -19,9 +17,9 @@ from isonext.config import Config
 from isonext.data.dataset import load_split
 from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
-from isonext.flow.loss import flow_loss
 from isonext.pipeline import Pipeline, load_codec
-from isonext.training.batches import Batch, base_of, draw_batch
+from isonext.training.batches import Batch, base_of
+from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import Logbook
 from isonext.training.memory_plan import USABLE, MicroBatch, choose_micro_batch, count_needs, describe_reduction
 from isonext.training.resume import check_resume, find_start, in_units_of, take_over
@@ -29,11 +27,9 @@ from isonext.training.state import StepResult, TrainState
 from isonext.training.validation import Validation
 from isonext.utils import distributed
 from isonext.utils.cli import stop_signals
-from isonext.utils.device import allow_tf32, autocast, free_bytes, has_bf16, prepare_process
+from isonext.utils.device import allow_tf32, free_bytes, has_bf16, prepare_process
 from isonext.utils.io import remove_unfinished
-from model import count_parameters
-
-BLOCKS_KEEP = {"selective": "products", "full": "input"}  # of what the backward pass needs, where it recomputes
+from model import VelocityNetwork, count_parameters
 
 #################################################################################
 #                                    The run                                    #
@@ -41,7 +37,7 @@ BLOCKS_KEEP = {"selective": "products", "full": "input"}  # of what the backward
 
 
 class Trainer:
-    """One training run: its data, its state, and where it is written."""
+    """One training run: its data, its state, what computes its gradients and validates it, and where it is written."""
 
     def __init__(self, config: Config, resume: str | None = None, init: str | None = None) -> None:
         """`resume`: None for a new run, "newest", or a checkpoint's path; `init`: that of one whose weights to take."""
@@ -61,12 +57,11 @@ class Trainer:
         self.base = base_of(self.train, training)
 
         network = network_of(config, self.spec)
-        needs = count_needs(network, self.spec, self.bf16, training.channels_last)
         self.share = training.batch_size // self.accelerator.num_processes
-        self.micro_batch = choose_micro_batch(training, self.share, self._memory(), needs)
+        micro_batch = self._choose_micro_batch(network)
         torch.manual_seed(training.seed)
         layout = torch.channels_last if training.channels_last else torch.contiguous_format
-        model = network(recompute=self.micro_batch.recompute).to(self.device, memory_format=layout)
+        model = network(recompute=micro_batch.recompute).to(self.device, memory_format=layout)
         self.state = TrainState.start(model, training)
         self._resume(resume)
         if other:
@@ -75,10 +70,10 @@ class Trainer:
             remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
         self.steps_per_epoch = len(self.train) // training.batch_size
         self.total_steps = training.stage1_epochs * self.steps_per_epoch
-        self.drawn: tuple[int, MicroBatch, list[Batch]] | None = None  # a step whose share is ready
-        if training.compile and not self.finished:
-            self._compile()
-        self.network = self.accelerator.prepare_model(model)
+        self.gradients = GradientAccumulator(
+            model, self.train, self.base, training, self.accelerator, self.bf16, micro_batch
+        )
+        self.gradients.prepare(self.state.step, compiled=training.compile and not self.finished)
         self.quarter_sums = torch.zeros(2, 4, device=self.device)  # summed losses and counts by quarter of t
         self.clipped = 0  # steps since the last line of the log
         self.validation = self._make_validation()
@@ -97,9 +92,12 @@ class Trainer:
         if batch % world:
             raise UserError(f"training.batch_size = {batch} cannot be shared by {world} processes evenly")
 
-    def _memory(self) -> float:
-        """Bytes that this process may take; a CPU's memory is shared by all of them."""
-        return USABLE * free_bytes(self.device) / (1 if self.device.type == "cuda" else self.accelerator.num_processes)
+    def _choose_micro_batch(self, network: Callable[..., VelocityNetwork]) -> MicroBatch:
+        """As the config says, or as the free memory allows; a CPU's is shared by all processes."""
+        training = self.config.training
+        needs = count_needs(network, self.spec, self.bf16, training.channels_last)
+        sharing = 1 if self.device.type == "cuda" else self.accelerator.num_processes
+        return choose_micro_batch(training, self.share, USABLE * free_bytes(self.device) / sharing, needs)
 
     def _resume(self, resume: str | None) -> None:
         """Go on where a checkpoint of this run stands, if there is one."""
@@ -117,27 +115,11 @@ class Trainer:
         self.state.load_tree(vars(checkpoint), path)
         self.accelerator.print(f"resumed from {path} at step {self.state.step}")
 
-    def _compile(self) -> None:
-        """Compile in place (weights keep their names); where that fails, warn and go on without."""
-        model = self.state.model
-        model.compile(dynamic=False)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self._fitting(lambda: self.losses(model, self._share(self.state.step)[0]).mean().backward())
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no compiler, an unsupported platform: many types, one answer
-            model.uncompile()
-            reason = first_line(error)
-            self.accelerator.print(f"warning: torch.compile does not work here ({reason}); going on without it")
-        model.zero_grad()
-
     def _make_validation(self) -> Validation:
         training, averaged = self.config.training, self.state.ema.model
 
         def losses(batch: Batch) -> Tensor:
-            return self.losses(averaged, batch.to(self.device, training.channels_last))
+            return self.gradients.losses(averaged, batch.to(self.device, training.channels_last))
 
         def make_pipeline() -> Pipeline:
             codec = load_codec(self.spec, self.device, self.config.data.data_root)
@@ -147,78 +129,20 @@ class Trainer:
         return Validation(*splits, self.base, training.seed, self.config.inference, losses, make_pipeline)
 
     #############################################################################
-    #                                 One step                                  #
+    #                                 The loop                                  #
     #############################################################################
-
-    def _share(self, step: int) -> list[Batch]:
-        """This process's share of the batch of `step`, cut into micro-batches."""
-        if self.drawn and self.drawn[:2] == (step, self.micro_batch):
-            return self.drawn[2]
-        training, accelerator = self.config.training, self.accelerator
-        batch = draw_batch(self.train, self.base, training, step, self.state.model.null_style)
-        own = batch.part(slice(accelerator.process_index, None, accelerator.num_processes))
-        size = self.micro_batch.pictures
-        parts = [own.part(slice(start, start + size)) for start in range(0, len(own.t), size)]
-        return [part.to(self.device, training.channels_last) for part in parts]
-
-    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """(B,) the loss of each sample; only the network runs in BF16."""
-
-        def in_bf16(x: Tensor, t: Tensor, style: Tensor) -> Tensor:
-            with autocast(self.device, self.bf16):
-                return network(x, t, style)
-
-        return flow_loss(in_bf16, batch.x0, batch.x1, batch.t, batch.style)
-
-    def _fitting(self, work: Callable[[], Any]) -> Any:
-        """What `work()` returns; where memory runs out its gradients are dropped and it begins again in smaller parts.
-
-        Not with several processes: those that went on would wait for ever for the one that begins again.
-        """
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                smaller = self.micro_batch.smaller(self.config.training)
-                if smaller is None or self.accelerator.num_processes > 1:
-                    raise
-            # Only here, where the error is gone, does nothing hold on to the tensors of the attempt.
-            halved = smaller.pictures < self.micro_batch.pictures
-            way = smaller.pictures if halved else f"blocks that keep their {BLOCKS_KEEP[smaller.recompute]} alone"
-            print(f"out of memory in a micro-batch of {self.micro_batch.pictures}: going on with {way}")
-            self.micro_batch, self.state.model.recompute = smaller, smaller.recompute
-            self.state.model.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def accumulate(self) -> Tensor:
-        """The gradients of this process's share, one micro-batch after another: (2, 4) losses and counts by quarter."""
-        parts, sums = self._share(self.state.step), torch.zeros(2, 4, device=self.device)
-        size = sum(len(part.t) for part in parts)
-        for number, part in enumerate(parts):
-            with nullcontext() if number == len(parts) - 1 else self.accelerator.no_sync(self.network):
-                losses = self.losses(self.network, part)
-                self.accelerator.backward(losses.sum() / size)
-            quarter = (part.t * 4).long().clamp(max=3)
-            sums[0].index_add_(0, quarter, losses.detach())
-            sums[1].index_add_(0, quarter, torch.ones_like(losses))
-        return sums
 
     def train_step(self) -> StepResult:
         """One optimiser step. What the guard refuses is not counted in the losses either."""
         training, following = self.config.training, self.state.step + 1
-        sums = self._fitting(self.accumulate)
-        if following < self.total_steps:  # drawn while a GPU still works on this step: the norm waits for it
-            self.drawn = following, self.micro_batch, self._share(following)
+        sums = self.gradients.compute(self.state.step)
+        if following < self.total_steps:
+            self.gradients.draw_ahead(following)  # before the norm, which waits for the GPU
         result = self.state.take_step(training, self.total_steps)
         if result.taken:
             self.clipped += 0 < training.grad_clip < result.norm
             self.quarter_sums += sums
         return result
-
-    #############################################################################
-    #                                 The loop                                  #
-    #############################################################################
 
     def fit(self, stop: Callable[[], bool] = lambda: False, quiet: bool | None = None) -> None:
         """Train to the last epoch, or until `stop()`; saves on the way and when stopped."""
@@ -283,7 +207,7 @@ class Trainer:
     def _end_epoch(self, epoch: int, logbook: Logbook | None) -> None:
         training = self.config.training
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
-            numbers = self.validation.measure(self.micro_batch.pictures)
+            numbers = self.validation.validate(self.gradients.micro_batch.pictures)
             logbook.write(self.state.step, numbers)
             if numbers.get("val_score", 0) > self.best_score:
                 self.best_score = numbers["val_score"]
@@ -320,13 +244,13 @@ class Trainer:
             f"{count_parameters(self.state.model) / 1e6:.2f} M parameters, {len(self.train)} pictures in "
             f"{len(self.spec.styles)} styles ({', '.join(self.spec.styles)}), {len(self.val)} held out, "
             f"{self.total_steps} steps on {self.device} in {'BF16' if self.bf16 else 'float32'}"
-            f"{describe_reduction(self.config.training, self.micro_batch, self.share)}"
+            f"{describe_reduction(self.config.training, self.gradients.micro_batch, self.share)}"
         )
 
 
 def join_processes() -> Accelerator:
     """This process, and those that it was launched with."""
-    # Autocast wraps the network alone, see `losses`; without GPUs accelerate must be told of several processes.
+    # Autocast wraps the network alone, not accelerate's; without GPUs it must be told of several processes.
     many_on_cpu = distributed.world() > 1 and not torch.cuda.is_available()
     patience = InitProcessGroupKwargs(timeout=distributed.PATIENCE)
     return Accelerator(cpu=many_on_cpu, mixed_precision="no", kwargs_handlers=[patience])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from isonext.config import InferenceConfig
@@ -42,7 +43,7 @@ class Validation:
     make_pipeline: Callable[[], Pipeline]  # the averaged network and its autoencoder
     figures: "TransferFigures | None" = None  # made when they are first asked for
 
-    def measure(self, pictures: int) -> dict[str, float]:
+    def validate(self, pictures: int) -> dict[str, float]:
         """All figures by the names they have in the log; `pictures` at once are known to fit."""
         numbers = {"val_loss": self.held_out_loss(pictures)}
         if can_be_transferred(self.val):
@@ -69,8 +70,8 @@ class Validation:
     def save_preview(self, path: Path) -> None:
         """The sheet, of held-out pictures where there are any."""
         with dispensable("preview"):
-            settings = transfer_settings(self.inference)
-            save_preview(self.make_pipeline(), self.val if len(self.val) else self.train, settings, path)
+            split, settings = self.val if len(self.val) else self.train, transfer_settings(self.inference)
+            images.save_picture(draw_preview(self.make_pipeline(), split, settings), path)
 
 
 @contextmanager
@@ -132,7 +133,7 @@ class TransferFigures:
         return numbers | ({"val_leakage": result.base["leakage"].mean} if result.base else {})
 
 
-def save_preview(pipeline: Pipeline, split: LatentSplit, settings: TransferSettings, path: Path) -> None:
+def draw_preview(pipeline: Pipeline, split: LatentSplit, settings: TransferSettings) -> Image.Image:
     """A sheet of three fixed pictures of each style, each transferred to every style; the first eight of them."""
     spec = pipeline.spec
     styles = spec.styles[:MAX_PREVIEWED]
@@ -143,5 +144,4 @@ def save_preview(pipeline: Pipeline, split: LatentSplit, settings: TransferSetti
         moved = pipeline.transfer(latents, sources.to(pipeline.device), target, settings)
         columns.append(pipeline.decode(moved.latents, spec.image_size, spec.image_size))
     rows = [[images.to_picture(pixels) for pixels in row] for row in zip(*columns, strict=True)]
-    sheet = images.contact_sheet(rows, ["held-out picture", *(f"as {style}" for style in styles)])
-    images.save_picture(sheet, path)
+    return images.contact_sheet(rows, ["held-out picture", *(f"as {style}" for style in styles)])

@@ -23,6 +23,7 @@ from isonext.flow.base import Base, low_band
 from isonext.training import batches, memory_plan
 from isonext.training import trainer as trainer_module
 from isonext.training.batches import Batch, draw_batch
+from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import read_metrics
 from isonext.training.memory_plan import MicroBatch
 from isonext.training.optim import learning_rate
@@ -262,7 +263,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_within_float32_round
     for trainer in runs:
         torch.manual_seed(1)
         torch.nn.init.normal_(trainer.state.model.head.weight)  # at zero, nothing behind it would have a gradient
-        trainer.accumulate()
+        trainer.gradients.accumulate(0)
     whole, parts = (dict(trainer.state.model.named_parameters()) for trainer in runs)
     for name in whole:
         error = (parts[name].grad - whole[name].grad).norm() / whole[name].grad.norm()
@@ -279,7 +280,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(config):
 def exchange(trainer: Trainer, latents: np.ndarray | float) -> None:
     """Other training latents from the next step on, which has been drawn already."""
     trainer.train.latents[...] = latents
-    trainer.drawn = None
+    trainer.gradients.drawn = None
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config):
@@ -385,7 +386,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_run_is_that_of_the_smaller
 
 def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones_left(config, monkeypatch):
     small, halved = (Trainer(config(EIGHT | {"training.micro_batch_size": size})) for size in (2, 4))
-    real, calls = halved.losses, []
+    real, calls = halved.gradients.losses, []
 
     def losses(network, part):
         calls.append(len(part.t))
@@ -393,7 +394,7 @@ def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(network, part)
 
-    monkeypatch.setattr(halved, "losses", losses)
+    monkeypatch.setattr(halved.gradients, "losses", losses)
     assert [small.train_step() for _ in range(3)] == [halved.train_step() for _ in range(3)]
     assert calls == [4] * 4 + [2] * 12
     assert_same(state(small), state(halved))
@@ -433,15 +434,15 @@ def test_of_several_processes_none_begins_again_by_itself(config, monkeypatch):
 
 def test_compiling_runs_out_of_memory_and_goes_on_too(config, monkeypatch, capsys):
     use_backend(monkeypatch, "eager")
-    real, sizes = Trainer.losses, []
+    real, sizes = GradientAccumulator.losses, []
 
-    def losses(trainer, network, part):
+    def losses(gradients, network, part):
         sizes.append(len(part.t))
         if len(part.t) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(trainer, network, part)
+        return real(gradients, network, part)
 
-    monkeypatch.setattr(Trainer, "losses", losses)
+    monkeypatch.setattr(GradientAccumulator, "losses", losses)
     trainer = Trainer(config(EIGHT | {"training.compile": True}))
     said = capsys.readouterr().out
     assert "going on with 4" in said and "does not work here" not in said
@@ -452,7 +453,7 @@ def test_compiling_runs_out_of_memory_and_goes_on_too(config, monkeypatch, capsy
 def test_auto_cuts_a_batch_that_does_not_fit_and_says_so_in_the_first_line(config, monkeypatch, capsys):
     deep = EIGHT | {"model.num_layers": 8, "training.stage1_epochs": 1}  # of few blocks, recomputing saves nothing
     whole = train(config(deep, "whole"), quiet=True)
-    assert "at once" not in capsys.readouterr().out and whole.micro_batch == MicroBatch(8, "none")
+    assert "at once" not in capsys.readouterr().out and whole.gradients.micro_batch == MicroBatch(8, "none")
     needs = memory_plan.count_needs(network_of(whole.config, whole.spec), whole.spec, whole.bf16, True)
     for limit, chosen, said in (
         (needs("none").peak(7), MicroBatch(8, "selective"), ""),
@@ -460,7 +461,7 @@ def test_auto_cuts_a_batch_that_does_not_fit_and_says_so_in_the_first_line(confi
         (needs("full").peak(5), MicroBatch(4, "full"), ", 4 pictures at once, blocks recomputed backwards"),
     ):
         monkeypatch.setattr(trainer_module, "free_bytes", lambda device, limit=limit: limit / memory_plan.USABLE + 1)
-        assert train(config(deep, f"{limit}"), quiet=True).micro_batch == chosen
+        assert train(config(deep, f"{limit}"), quiet=True).gradients.micro_batch == chosen
         assert capsys.readouterr().out.splitlines()[0].endswith(f"in BF16{said}".replace("BF16", precision(whole)))
 
 
