@@ -85,11 +85,11 @@ class _LiveBytes(TorchDispatchMode):
         self.alive = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        made = operation(*args, **kwargs or {})
-        for tensor in tree_leaves(made):
+        results = operation(*args, **kwargs or {})
+        for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.alive:
                 self._add(tensor.untyped_storage())
-        return made
+        return results
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         self.alive.add(storage._cdata)

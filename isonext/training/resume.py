@@ -92,9 +92,9 @@ def take_over(
     Returns a line that says what was kept.
     """
     old = checkpoint.latents
-    kept = [style for style in spec.styles if style in old.styles]
-    rows = torch.tensor([spec.styles.index(style) for style in kept] + [len(spec.styles)])  # the null style is last
-    from_rows = torch.tensor([old.styles.index(style) for style in kept] + [len(old.styles)])
+    shared = [style for style in spec.styles if style in old.styles]
+    rows = torch.tensor([spec.styles.index(style) for style in shared] + [len(spec.styles)])  # the null style is last
+    from_rows = torch.tensor([old.styles.index(style) for style in shared] + [len(old.styles)])
     for network, weights in zip(networks, (checkpoint.model, checkpoint.ema), strict=True):
         own, theirs = (
             network.state_dict().get("style.weight"),
@@ -108,8 +108,8 @@ def take_over(
                 raise UserError(f"{path}: has embeddings of {theirs.shape[1]} numbers, the config of {own.shape[1]}")
             weights["style.weight"][rows] = theirs[from_rows].to(own)
         load_weights(network, weights, path)
-    new = [style for style in spec.styles if style not in kept]
+    new = [style for style in spec.styles if style not in shared]
     return (
-        f"weights from {path} at step {checkpoint.step}; styles kept: {', '.join(kept) or 'none'}; "
+        f"weights from {path} at step {checkpoint.step}; styles kept: {', '.join(shared) or 'none'}; "
         f"new: {', '.join(new) or 'none'}"
     )
