@@ -80,7 +80,7 @@ def equal_pieces(share: int, most: int) -> int:
 
 
 def count_needs(network: Callable[..., VelocityNetwork], spec: LatentSpec, bf16: bool, channels_last: bool) -> Needs:
-    """`network` makes one, of `recompute`."""
+    """Footprints, each counted when it is first asked for; `network` makes one, of `recompute`."""
     sample = (spec.channels, *spec.space)
     return functools.cache(lambda recompute: footprint(network, sample, bf16, channels_last, recompute))
 
