@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
 import signal
@@ -16,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import CHECKPOINT, ROOT, call, refused
+from helpers import CHECKPOINT, ROOT, Command, call, refused
 from isonext.data.autoencoder import load_autoencoder
 from isonext.flow.transfer import METHODS
 
@@ -63,7 +62,7 @@ def test_help_of_every_command_names_its_flags():
         ("test_model.py", "--device"),
         ("demo.py", "--config"),
     ):
-        done = call(ROOT, name, "--help")
+        done = call(ROOT, name, "--help", cold=True)
         assert done.returncode == 0 and flag in done.stdout, done.stderr
 
 
@@ -93,14 +92,12 @@ def test_sigterm_saves_and_resume_goes_on_to_the_same_weights(studio, tmp_path):
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     done = call(studio, "train.py", *flags, "--set", f"checkpoint.save_dir={whole}")
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--set", f"checkpoint.save_dir={halved}"]
-    process = subprocess.Popen(command, cwd=studio, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    running = Command(studio, "train.py", *flags, "--set", f"checkpoint.save_dir={halved}")
     metrics = halved / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+    while running.process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    running.process.send_signal(signal.SIGTERM)
+    assert running.finish(60).returncode == 130
     assert (halved / "stage1_interrupted.pt").exists()
     done = call(studio, "train.py", *flags, "--set", f"checkpoint.save_dir={halved}", "--resume")
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
