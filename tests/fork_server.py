@@ -107,9 +107,10 @@ def serve(requests: socket.socket) -> list[str]:
     gc.freeze()  # a collection in a fork would otherwise copy all pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of pytest is for the tests
     while True:
-        reap()
+        reap(os.WNOHANG)
         request, files, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, FILES_OF_A_REQUEST)
         if not request:
+            reap(0)
             os._exit(0)
         if os.fork() == 0:
             requests.close()
@@ -118,10 +119,10 @@ def serve(requests: socket.socket) -> list[str]:
             os.close(file)
 
 
-def reap() -> None:
-    """Let the watchers go that have ended; their CPU time then counts as pytest's."""
+def reap(options: int) -> None:
+    """Let the watchers go that have ended, or with 0 all of them; their CPU time then counts as pytest's."""
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
+        while os.waitpid(-1, options)[0]:
             pass
 
 

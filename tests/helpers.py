@@ -105,12 +105,13 @@ class Command:
             self.process = fork_server().start(self.arguments, folder, environment(variables), out, err)
 
     def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
-        """Wait for the end. After `timeout` seconds kill it with all that it has started: TimeoutExpired."""
+        """Wait for the end. After `timeout` seconds, or an interrupt, kill it with all that it has started."""
         try:
             status = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except BaseException:
             os.killpg(self.process.pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(self.arguments, timeout, self.stdout, self.stderr) from None
+            print(f"{self.arguments} had written:\n{self.stdout}{self.stderr}")
+            raise
         return subprocess.CompletedProcess(self.arguments, status, self.stdout, self.stderr)
 
     @property

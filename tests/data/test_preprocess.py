@@ -193,6 +193,7 @@ for point in points:  # each attempt goes on where the one before was killed
 """
 
 
+@pytest.mark.slow
 def test_after_kills_in_the_middle_a_rerun_equals_an_uninterrupted_run(store, make_config, cpu):
     config = make_config(store, {"data.data_root": str(store / "killed")})
     (store / "c.json").write_text(json.dumps(config_to_dict(config)))

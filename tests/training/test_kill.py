@@ -11,6 +11,7 @@ from helpers import ROOT, call, refused
 from isonext.checkpoint import epoch_checkpoints, load_checkpoint
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_run_left_in_peace():
     # The short form of `python benchmarks/kill_resume.py`, which kills 30 times.
     done = call(ROOT, "benchmarks/kill_resume.py", "--kills", "2", "--epochs", "20", "--longest", "1")
@@ -21,6 +22,7 @@ def test_killed_and_resumed_is_the_run_left_in_peace():
     assert not any(figures["differing"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a limit on the size of files is POSIX's")
 def test_a_full_disk_is_one_line_and_training_goes_on_after_room_is_made(tmp_path):
     prepare(tmp_path, epochs=4)

@@ -105,6 +105,7 @@ def test_only_the_first_process_writes(folder):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_accelerate_launches_the_same_run_and_goes_on_with_what_one_process_began(folder):
     flags = ("--resume", "alone/stage1_epoch2.pt", "--set", "checkpoint.save_dir=from_one")
     done = launch_by("accelerate", folder, "train.py", *flags)
@@ -119,6 +120,7 @@ def test_one_process_goes_on_with_what_two_began(folder):
     assert 0 < gap(folder / "together", folder / "from_two") < ROUNDING
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_resuming_gives_the_same_bits(folder, tmp_path):
     flags = ("--set", "checkpoint.save_dir=killed")
     script = faulty(tmp_path / "kill.py", "train.py", 1, "isonext.training.trainer:Trainer", "train_step", 9, KILL)
@@ -140,6 +142,7 @@ def test_a_killed_process_ends_the_job_and_resuming_gives_the_same_bits(folder, 
     assert gap(folder / "together", folder / "killed") == 0
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_process_ends_the_other_even_without_a_launchers_help(folder, tmp_path):
     full = "raise OSError(28, 'No space left on device')"
     script = faulty(tmp_path / "full.py", "train.py", 0, "isonext.checkpoint:Checkpoint", "save", 1, full)
