@@ -436,7 +436,7 @@ def test_a_classifier_is_a_function_of_its_seed():
 #                                  The pipeline                                 #
 #################################################################################
 
-TINY = ["--users", "2", "--recordings", "3", "--held_out", "1", "--set", "data.image_size=32"]
+TINY = ["--users", "2", "--recordings", "3", "--held_out", "1", "--set", "data.image_size=16"]
 TINY += ["--set", "model.hidden_dim=24", "--set", "model.num_layers=1", "--set", "training.compile=false"]
 TINY += ["--set", "training.stage1_epochs=2", "--set", "training.batch_size=8", "--set", "training.num_workers=0"]
 TINY += ["--set", "data.val_fraction=0.34"]
