@@ -1,5 +1,6 @@
 """The commands as a user runs them: a real chain of subprocesses once, then every way to get them wrong."""
 
+import functools
 import importlib
 import json
 import re
@@ -17,6 +18,8 @@ from PIL import Image
 
 from helpers import CHECKPOINT, ROOT, STUDIO, Command, call, draw_styles, refused
 from isonext.data.autoencoder import load_autoencoder
+from isonext.evaluation import evaluator
+from isonext.evaluation.metrics import train_style_classifier
 from isonext.flow.transfer import METHODS
 
 TRANSFER = ("--checkpoint", CHECKPOINT, "--source_style", "0", "--target_style", "1", "--num_steps", "2")
@@ -166,7 +169,9 @@ def test_styles_by_name_and_a_size(studio, within):
     assert Image.open(studio / "named.png").size == (48, 48)
 
 
-def test_evaluate_reports_figures_sheets_and_an_exact_round_trip(studio, within):
+def test_evaluate_reports_figures_sheets_and_an_exact_round_trip(studio, within, monkeypatch):
+    # The styles are red and blue: a classifier is sure of them early.
+    monkeypatch.setattr(evaluator, "train_style_classifier", functools.partial(train_style_classifier, steps=60))
     status, out, err = within(
         "evaluate", "--checkpoint", CHECKPOINT, "--data", "raw_data", "--pairs", "--limit", "4", "--output", "report"
     )
@@ -318,6 +323,7 @@ import importlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 benchmark = importlib.import_module("benchmarks.train_step")
 benchmark.matmul_rate = lambda device: 1e11
+benchmark.VARIANTS = benchmark.VARIANTS[:4]  # up to the default: each that is compiled takes long too
 benchmark.run(benchmark.main, benchmark.build_parser())
 """)
     flags = ["--config", "configs/digits.json", "--set", "model.hidden_dim=48", "--set", "model.num_layers=1"]
