@@ -91,7 +91,7 @@ def measure(
         torch.cuda.synchronize(pipeline.device)
     seconds = time.perf_counter() - started
     back = latents_of(pipeline.generate(inverted, a, a, settings).end)
-    returned, certificate = pipeline.undo(made.end, a, b, settings)[1], Certificate()
+    returned, certificate = pipeline.undo(made, a, b, settings)[1], Certificate()
     certificate.compare(LatticeState.at_picture(x1), returned)
     generation = made.nfe - inverted.nfe
     return Row(

@@ -66,8 +66,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     tree.pop("format")
     tree["config"] = config_from_dict(tree["config"], where=str(path))
     try:
+        tree["base"].pop("power", None)  # from which a base once drew its layouts: now `Base.can_sample` says no
         tree["latents"], tree["base"] = LatentSpec(**tree["latents"]), Base(**tree["base"])
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
     return Checkpoint(**tree)
 

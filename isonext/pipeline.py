@@ -149,10 +149,15 @@ class Pipeline:
             x0 = self.base.sample(noise, layout, style).to(self.device)
             return transfer.sample(self, x0, style.to(self.device), settings)
 
-    def undo(self, end: State, source: Style, target: Style, settings: TransferSettings) -> tuple[State, State]:
+    def undo(self, done: Transfer, source: Style, target: Style, settings: TransferSettings) -> tuple[State, State]:
         """The structure and the picture that a transfer started from, by running it backwards."""
         with self._fit_for(settings):
-            return transfer.undo(self, end, *self._styles(_count(end), source, target), settings)[:2]
+            return transfer.undo(self, done, *self._styles(len(done.latents), source, target), settings)[:2]
+
+    def restore(self, structure: State, source: Style, settings: TransferSettings) -> State:
+        """The picture of a structure of style `source`, by running its inversion backwards."""
+        with self._fit_for(settings):
+            return transfer.restore(self, structure, *self._styles(_count(structure), source), settings)
 
     def keep_structure(
         self,

@@ -221,7 +221,7 @@ class Evaluator:
                 again = pipeline.transfer(made.latents, b, a, settings).latents
                 so_far.cycles.append((again - x1).square().flatten(1).mean(1).sqrt().cpu())
                 if inverted:
-                    so_far.trips.compare(LatticeState.at_picture(x1), pipeline.undo(made.end, a, b, settings)[1])
+                    so_far.trips.compare(LatticeState.at_picture(x1), pipeline.undo(made, a, b, settings)[1])
         return done, torch.cat(structures) if structures else None
 
     def _direction(self, source: str, target: str, made: _Transfers, results: Tensor) -> Direction:

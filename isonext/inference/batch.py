@@ -62,12 +62,13 @@ def transfer_batch(batch: Loaded, plan: Plan, report: Report) -> list[Transfer]:
     note_residual(batch, transfers[0], settings, report)
     for transfer, target, cut in zip(transfers, plan.targets, cuts, strict=True):
         if plan.certificate:
-            back = pipeline.undo(transfer.end, source, target.style, cut)[1]
+            back = pipeline.undo(transfer, source, target.style, cut)[1]
             plan.certificate.compare(LatticeState.at_picture(batch.latents), back, len(batch.jobs))
+            plan.certificate.weigh(transfer.start, transfer.end, count=len(batch.jobs))
     if plan.save_structure:
         names = pipeline.spec.styles[source], plan.targets[0].title
         original, bits, (first, *_) = digest(LatticeState.at_picture(batch.latents)), fixed_bits(pipeline), transfers
-        structure = Structure(first.start, first.end, *names, cuts[0], batch.size, original, bits)
+        structure = Structure(first.start, *names, cuts[0], batch.size, original, bits)
         save_structure(structure, plan.save_structure)
     report.nfe = shared + sum(transfer.nfe - shared for transfer in transfers)
     return transfers

@@ -7,7 +7,7 @@ import torch
 
 from isonext.data import images
 from isonext.errors import UserError
-from isonext.flow.certificate import Certificate, digest, likely_cause
+from isonext.flow.certificate import digest, likely_cause
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted
 from isonext.inference import inputs
@@ -86,7 +86,7 @@ def restyle_structure(options: RestyleOptions) -> int:
     structure = load_structure(options.structure)
     plan = plan_restyle(options, structure)
     refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint",))
-    state = move(structure.start, plan.pipeline.device)
+    state = move(structure.state, plan.pipeline.device)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, options.certify):
         inverted = Inverted(state, 0)
@@ -95,8 +95,9 @@ def restyle_structure(options: RestyleOptions) -> int:
         ]
         for transfer, target in zip(transfers, plan.targets, strict=True):
             if plan.certificate:
-                back = plan.pipeline.undo(transfer.end, plan.source, target.style, plan.settings)[0]
+                back = plan.pipeline.undo(transfer, plan.source, target.style, plan.settings)[0]
                 plan.certificate.compare(state, back)
+                plan.certificate.weigh(transfer.start, transfer.end)
     results = [plan.pipeline.decode(transfer.latents, *structure.size)[0].cpu() for transfer in transfers]
     save_results(job, None, results, plan)
     seconds = time.perf_counter() - started
@@ -108,26 +109,21 @@ def restyle_structure(options: RestyleOptions) -> int:
 
 
 def restore_picture(options: RestoreOptions) -> int:
-    """The transferred latents of a structure file back to the original's, bit for bit; returns the exit status."""
+    """A structure file back to its original's latents, bit for bit; returns the exit status."""
     distributed.refuse_several("one picture")
     output, structure = inputs.picture_path(options.output), load_structure(options.structure)
     pipeline, _ = open_pipeline(options.network, 1, structure)
     refuse_other_bits(structure, pipeline, options.structure)
-    source, target = (pipeline.spec.style_id(name) for name in (structure.source, structure.target))
+    source = pipeline.spec.style_id(structure.source)
     with deterministic(pipeline.device):
-        start, picture = pipeline.undo(move(structure.end, pipeline.device), source, target, structure.settings)
-    certificate = Certificate()
-    certificate.compare(move(structure.start, pipeline.device), start)
-    if not certificate.exact:
-        print(f"{certificate.line(likely_cause(structure.settings))}\nnothing was written")
-        return 3
-    if digest(picture) != structure.original:  # the structure came back, the leg from there to the picture did not
+        picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings)
+    if digest(picture) != structure.original:
         print(f"certificate: NOT exact: other latents than the original's; {likely_cause(structure.settings)}")
         print("nothing was written")
         return 3
     images.save_picture(images.to_picture(pipeline.decode(picture.x, *structure.size)[0]), output)
-    print(f"{structure.target} -> {structure.source}: back at the original's latents, written to {output}")
-    print(f"certificate: exact (0 of {certificate.elements} elements differ), sha256 {digest(picture)}")
+    print(f"{structure.source}: back at the original's latents, written to {output}")
+    print(f"certificate: exact (0 of {picture.position.numel()} elements differ), sha256 {digest(picture)}")
     return 0
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from isonext.data import images
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
+from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings
 from isonext.inference.options import SampleOptions
 from isonext.inference.plan import open_pipeline, resolve_settings
@@ -37,7 +38,7 @@ class Sample:
 def sample_pictures(options: SampleOptions) -> int:
     """Everything that can be wrong with the options is found before the first picture; returns the exit status."""
     pipeline, trained = open_pipeline(options.network, options.num_samples or options.num_samples_per_style)
-    settings = sampling_settings(options, trained, pipeline.spec)
+    settings = sampling_settings(options, trained, pipeline.spec, pipeline.base)
     samples, size, seed = plan_samples(options, pipeline.spec), options.batch_size, options.settings.seed
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     # What is left to do is seen before anybody does it; a batch is made whole, since its bits may depend on its size.
@@ -63,7 +64,7 @@ def sample_pictures(options: SampleOptions) -> int:
     return 0
 
 
-def sampling_settings(options: SampleOptions, trained: dict, spec: LatentSpec) -> TransferSettings:
+def sampling_settings(options: SampleOptions, trained: dict, spec: LatentSpec, base: Base) -> TransferSettings:
     """Those of `resolve_settings`; guidance, if any, is against the null style, and of one style there is none."""
     asked, flags = options.settings.flags.get("cfg_scale"), {"guidance": "null", "inversion": "explicit"}
     if len(spec.styles) == 1:
@@ -75,6 +76,11 @@ def sampling_settings(options: SampleOptions, trained: dict, spec: LatentSpec) -
         flags["cfg_scale"] = 1.0
     settings = replace(options.settings, flags=options.settings.flags | flags)
     settings = resolve_settings(settings, options.network, trained)
+    if not base.can_sample:
+        raise UserError(
+            f"{options.network.checkpoint}: its base, written by an earlier version, has no layouts to draw from; it "
+            "serves transfers; train anew, or with training.anchor_strength=0, for samples"
+        )
     if settings.method == "flowedit":
         raise UserError("inference.method flowedit changes pictures, and here is none; give --method alf")
     return settings
@@ -122,7 +128,7 @@ def sample_batches(
 
 def draw_noise(pipeline: Pipeline, seed: int, numbers: list[int]) -> tuple[Tensor, Tensor]:
     """White noise for the latents (B, C, *space) and for the layouts of an anchored base, each sample's its own."""
-    shape, layout = (pipeline.spec.channels, *pipeline.spec.space), pipeline.base.power.shape
+    shape, layout = (pipeline.spec.channels, *pipeline.spec.space), (pipeline.base.layout_numbers,)
     generators = [seeded(seed, "sample", number) for number in numbers]
     noises, layouts = ([torch.randn(sides, generator=g) for g in generators] for sides in (shape, layout))
     return torch.stack(noises), torch.stack(layouts)

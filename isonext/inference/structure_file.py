@@ -1,11 +1,12 @@
-"""What a transfer keeps: the structure file, and the certificate that nothing was lost.
+"""The structure file: a picture's structure, and all that it takes to go back, or on to other styles.
 
-A structure file is a safetensors file with the lattice states of one picture at both ends of its generation leg,
+It is a safetensors file with the lattice state of one picture where its inversion ended, at t = 1 - strength,
 
-    position, defect            (1, C, h, w) int64, at the structure, t = 1 - strength
-    end_position, end_defect    the same at the transferred picture, t = 1
+    position, defect        (1, C, h, w) int32, or int64 where a number is too large for that
 
-and, as JSON in its metadata, everything that fixes the velocity field to the last bit.
+and, as JSON in its metadata, everything that fixes the velocity field to the last bit. From there the inversion run
+backwards gives the picture, and a generation leg gives it in another style. (Files of format 1 also hold the state at
+the end of that leg, which nothing needs.)
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from isonext.pipeline import Pipeline
 from isonext.utils.device import device_name
 from isonext.utils.io import written_whole
 
-FORMAT = 1
+FORMAT = 2
 REMEDIES = {
     "checkpoint": "give the checkpoint it was made with",
     "precision": "leave --precision out",
@@ -35,7 +36,7 @@ REMEDIES = {
     "torch": "install that version",
 }
 SUFFIX = ".safetensors"
-TENSORS = ("position", "defect", "end_position", "end_defect")
+TENSORS = {1: ("position", "defect", "end_position", "end_defect"), 2: ("position", "defect")}  # by format
 
 
 #################################################################################
@@ -45,8 +46,7 @@ TENSORS = ("position", "defect", "end_position", "end_defect")
 
 @dataclass
 class Structure:
-    start: LatticeState  # at the structure
-    end: LatticeState  # at the transferred picture
+    state: LatticeState  # where the inversion ended
     source: str  # style names
     target: str
     settings: TransferSettings
@@ -68,8 +68,7 @@ def fixed_bits(pipeline: Pipeline) -> dict[str, str | bool]:
 
 
 def save_structure(structure: Structure, path: Path) -> None:
-    tensors = dict(zip(TENSORS, _parts(structure), strict=True))
-    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}  # safetensors shares none
+    tensors = {name: _narrowed(getattr(structure.state, name)) for name in TENSORS[FORMAT]}
     record = {name: getattr(structure, name) for name in ("source", "target", "size", "original", "bits")}
     record |= {"format": FORMAT, "settings": asdict(structure.settings)}
     text = json.dumps(record, sort_keys=True)
@@ -88,14 +87,15 @@ def load_structure(path: Path) -> Structure:
             tensors = {name: file.get_tensor(name) for name in names}
         text, seal = metadata["structure"], metadata["sha256"]
         record = json.loads(text)
-        if record.pop("format") != FORMAT:
+        known = TENSORS.get(record.pop("format"))
+        if known is None:
             raise UserError(f"{path}: a structure file of another version of this program; make it anew")
-        if names != set(TENSORS) or _seal(text, tensors) != seal:
+        if names != set(known) or _seal(text, {name: tensors[name] for name in known}) != seal:
             raise UserError(f"{path}: was changed after it was written: its checksum does not fit")
         settings, size = record.pop("settings"), tuple(record.pop("size"))
         settings = TransferSettings(**settings | {"cfg_interval": tuple(settings["cfg_interval"])})
-        start, end = (LatticeState(*(tensors[name] for name in pair)) for pair in (TENSORS[:2], TENSORS[2:]))
-        return Structure(start=start, end=end, settings=settings, size=size, **record)
+        state = LatticeState(tensors["position"].long(), tensors["defect"].long())
+        return Structure(state=state, settings=settings, size=size, **record)
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         kind = type(error).__name__
         raise UserError(f"{path}: damaged, or not a structure file of --save_structure ({kind})") from None
@@ -110,15 +110,18 @@ def refuse_other_bits(structure: Structure, pipeline: Pipeline, path: Path, name
             raise UserError(f"{path}: made with another {name}: {values}; {REMEDIES.get(name, 'make the file anew')}")
 
 
-def _parts(structure: Structure) -> tuple[Tensor, ...]:
-    return structure.start.position, structure.start.defect, structure.end.position, structure.end.defect
+def _narrowed(points: Tensor) -> Tensor:
+    """Of its own memory, on the CPU, in int32 where that holds every number."""
+    points, limits = points.cpu().contiguous(), torch.iinfo(torch.int32)
+    fits = bool((points >= limits.min).all() and (points <= limits.max).all())
+    return points.to(torch.int32 if fits else torch.int64, copy=True)
 
 
 def _seal(text: str, tensors: dict[str, Tensor]) -> str:
     """A checksum against accidents and edits; not a signature."""
     seal = hashlib.sha256(text.encode())
-    for name in TENSORS:
-        seal.update(str((name, tensors[name].dtype, tuple(tensors[name].shape))).encode() + _bytes(tensors[name]))
+    for name, tensor in tensors.items():
+        seal.update(str((name, tensor.dtype, tuple(tensor.shape))).encode() + _bytes(tensor))
     return seal.hexdigest()
 
 

@@ -53,11 +53,11 @@ def test_guidance_keeps_to_its_interval_and_the_grid_is_shifted():
     model.null_style = 1
     how = TransferSettings(method="euler", num_steps=4, cfg_scale=2.0, cfg_interval=(0.3, 1.0), time_shift=3.0)
     sample(model, torch.zeros(1, 1, 2, 2), torch.tensor([0]), how)
-    # u = 0, 1/4, 1/2, 3/4 become 3 u / (1 + 2 u)
-    assert seen == [(0.0, 1), (0.5, 2), (0.75, 2), (0.9, 2)]
+    # u = 0, 1/4, 1/2, 3/4 become 3 u / (1 + 2 u); where guidance begins there is a time of its own
+    assert seen == [(0.0, 1), (0.3, 2), (0.5, 2), (0.75, 2), (0.9, 2)]
 
 
-def test_a_sample_has_draw_noise_its_own():
+def test_a_sample_has_noise_of_its_own():
     class Some:
         base = Base()
 
@@ -130,9 +130,10 @@ def test_it_makes_what_the_flow_makes(within, studio):
     pipeline, config = load_pipeline(studio / CHECKPOINT, torch.device("cpu"))
     pipeline.bf16 = False
     noise = torch.randn(12, 8, 8, generator=(generator := seeded(4, "sample", 1)))
-    layout = torch.randn(pipeline.base.power.shape, generator=generator)
+    layout = torch.randn(pipeline.base.layout_numbers, generator=generator)
     how = TransferSettings(num_steps=3, cfg_scale=2.0, guidance="null", cfg_interval=config.inference.cfg_interval)
-    made = sample(pipeline, pipeline.base.sample(noise[None], layout[None]), torch.tensor([1]), how)
+    style = torch.tensor([1])
+    made = sample(pipeline, pipeline.base.sample(noise[None], layout[None], style), style, how)
     expected = pipeline.decode(made, 32, 32)[0].clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0)
     assert np.array_equal(np.asarray(Image.open(studio / "u" / "warm_001.png")), expected.numpy().astype(np.uint8))
 

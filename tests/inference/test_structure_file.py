@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -28,17 +28,16 @@ def points(seed, shape=SHAPE, bound=2**62):
 
 
 def a_structure(seed=0, **changes) -> Structure:
-    start, end = (LatticeState(points(seed + k), points(seed + k + 1)) for k in (0, 2))
+    state = LatticeState(points(seed), points(seed + 1))
     how = TransferSettings(num_steps=7, strength=0.75, cfg_scale=2.5, cfg_interval=(0.1, 0.9), skip=2)
     bits = {"checkpoint": "c" * 64, "precision": "bf16", "compiled": False, "tf32": True, "device": "x", "torch": "2"}
-    return replace(Structure(start, end, "ink", "oil", how, (12, 8), "f" * 64, bits), **changes)
+    return replace(Structure(state, "ink", "oil", how, (12, 8), "f" * 64, bits), **changes)
 
 
 def assert_same(one: Structure, other: Structure) -> None:
-    for end in ("start", "end"):
-        for part in ("position", "defect"):
-            a, b = (getattr(getattr(structure, end), part) for structure in (one, other))
-            assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b)
+    for part in ("position", "defect"):
+        a, b = (getattr(structure.state, part) for structure in (one, other))
+        assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b)
     for name in ("source", "target", "settings", "size", "original", "bits"):
         assert getattr(one, name) == getattr(other, name)
 
@@ -88,8 +87,8 @@ def kept(tmp_path_factory):
     names=st.tuples(st.text(max_size=8), st.sampled_from(["油画", "a/b", 'quo"te', "\x00"])),
 )
 def test_a_structure_comes_back_bit_for_bit_with_its_settings(tmp_path_factory, seed, shape, bound, how, names):
-    start, end = (LatticeState(points(seed + k, shape, bound), points(seed + k + 1, shape, bound)) for k in (0, 2))
-    made = a_structure(start=start, end=end, settings=how, source=names[0], target=names[1], size=(shape[2] * 4 - 1, 1))
+    state = LatticeState(points(seed, shape, bound), points(seed + 1, shape, bound))
+    made = a_structure(state=state, settings=how, source=names[0], target=names[1], size=(shape[2] * 4 - 1, 1))
     path = tmp_path_factory.mktemp("round") / "a.safetensors"
     save_structure(made, path)
     assert_same(load_structure(path), made)
@@ -97,9 +96,7 @@ def test_a_structure_comes_back_bit_for_bit_with_its_settings(tmp_path_factory, 
 
 def test_the_smallest_and_the_largest_integers_survive(tmp_path):
     extremes = torch.tensor([-(2**63), 2**63 - 1, 0, -1, 2**53 + 1, 1]).view(1, 1, 2, 3)
-    made = a_structure(
-        start=LatticeState(extremes, -extremes.flip(3)), end=LatticeState(extremes.flip(2), extremes.neg())
-    )
+    made = a_structure(state=LatticeState(extremes, -extremes.flip(3)))
     save_structure(made, tmp_path / "a.safetensors")
     assert_same(load_structure(tmp_path / "a.safetensors"), made)
 
@@ -108,29 +105,66 @@ def test_the_file_is_what_the_format_says_and_readable_without_this_program(kept
     path, _, _ = kept
     made = a_structure()
     tensors = load_file(path)
-    assert tensors.keys() == {"position", "defect", "end_position", "end_defect"}
-    assert torch.equal(tensors["position"], made.start.position) and torch.equal(tensors["defect"], made.start.defect)
-    assert torch.equal(tensors["end_position"], made.end.position)
-    assert torch.equal(tensors["end_defect"], made.end.defect)
+    assert tensors.keys() == {"position", "defect"}
+    assert torch.equal(tensors["position"], made.state.position) and torch.equal(tensors["defect"], made.state.defect)
     with safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["structure"])
     assert record["settings"]["num_steps"] == 7 and record["settings"]["skip"] == 2
-    assert (record["source"], record["target"], record["size"], record["format"]) == ("ink", "oil", [12, 8], 1)
+    assert (record["source"], record["target"], record["size"], record["format"]) == ("ink", "oil", [12, 8], 2)
 
 
 def test_states_that_are_views_of_something_larger_are_kept_as_they_look(tmp_path):
     large = points(5, (4, 3, 2, 2))
     views = LatticeState(large[1:2].permute(0, 3, 2, 1), large[2:3].permute(0, 3, 2, 1))
-    made = a_structure(start=views, end=LatticeState(large[:1].mT, large[3:].mT))
+    made = a_structure(state=views)
     save_structure(made, tmp_path / "a.safetensors")
     assert_same(load_structure(tmp_path / "a.safetensors"), made)
 
 
-def test_a_transfer_that_took_no_step_is_kept_although_both_its_ends_are_one_tensor(tmp_path):
-    start = LatticeState(points(0), points(1))
-    made = a_structure(start=start, end=LatticeState(start.position, points(2)))
+@pytest.mark.parametrize(
+    ("largest", "dtype"), [(2**31 - 1, torch.int32), (2**31, torch.int64), (-(2**31), torch.int32)]
+)
+def test_numbers_that_fit_are_kept_in_32_bits(tmp_path, largest, dtype):
+    position = torch.zeros(SHAPE, dtype=torch.int64)
+    position[0, 1, 2, 1] = largest
+    made = a_structure(state=LatticeState(position, torch.zeros_like(position)))
     save_structure(made, tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert (tensors["position"].dtype, tensors["defect"].dtype) == (dtype, torch.int32)
     assert_same(load_structure(tmp_path / "a.safetensors"), made)
+
+
+def test_a_file_takes_at_most_two_and_a_half_times_the_latent_in_float32(tmp_path):
+    latent = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    state = LatticeState.at_picture(latent)
+    made = a_structure(state=LatticeState(state.position, points(1, latent.shape, 2**22)))
+    save_structure(made, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_size < 2.5 * 4 * latent.numel()
+
+
+def test_a_file_of_the_first_format_is_read_without_the_end_that_it_holds_besides(tmp_path):
+    made = a_structure()
+    tensors = {
+        "position": made.state.position,
+        "defect": made.state.defect,
+        "end_position": points(8),
+        "end_defect": points(9),
+    }
+    record = {name: getattr(made, name) for name in ("source", "target", "size", "original", "bits")}
+    text = json.dumps(record | {"format": 1, "settings": asdict(made.settings)}, sort_keys=True)
+
+    def seal() -> str:
+        digested = hashlib.sha256(text.encode())
+        for name, tensor in tensors.items():
+            digested.update(str((name, tensor.dtype, tuple(tensor.shape))).encode() + tensor.numpy().tobytes())
+        return digested.hexdigest()
+
+    save_file(tensors, tmp_path / "a.safetensors", {"structure": text, "sha256": seal()})
+    assert_same(load_structure(tmp_path / "a.safetensors"), made)
+    metadata = metadata_of(tmp_path / "a.safetensors")
+    tensors["end_defect"][0, 0, 0, 0] += 1
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    assert "checksum" in refusal(tmp_path / "a.safetensors")
 
 
 def test_saving_again_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
@@ -182,7 +216,7 @@ def metadata_of(path) -> dict:
         return file.metadata()
 
 
-@pytest.mark.parametrize("name", ["position", "defect", "end_position", "end_defect"])
+@pytest.mark.parametrize("name", ["position", "defect"])
 def test_one_lattice_point_more_in_any_tensor_is_refused(kept, tmp_path, name):
     tensors = load_file(kept[0])
     tensors[name][0, 1, 2, 1] += 1
@@ -220,7 +254,7 @@ def swapped(tensors):
 
 
 def without_one(tensors):
-    return {name: tensor for name, tensor in tensors.items() if name != "end_defect"}
+    return {name: tensor for name, tensor in tensors.items() if name != "defect"}
 
 
 def with_one_more(tensors):
@@ -256,7 +290,7 @@ def test_a_file_without_its_record_or_its_checksum_is_refused(kept, tmp_path, mi
 
 def test_a_file_of_a_later_format_says_that_it_is_another_version_not_that_it_is_damaged(kept, tmp_path):
     metadata = metadata_of(kept[0])
-    metadata["structure"] = metadata["structure"].replace('"format": 1', '"format": 2')
+    metadata["structure"] = metadata["structure"].replace('"format": 2', '"format": 3')
     save_file(load_file(kept[0]), tmp_path / "a.safetensors", metadata)
     assert "another version" in refusal(tmp_path / "a.safetensors")
 
