@@ -1,25 +1,44 @@
-# make demo   everything end to end on pictures drawn by code; a fresh machine needs only python3 (3.10+) and make
-# make test   lint and the test suite
-# make clean  remove the virtual environment and the demo's outputs
+# make demo       everything end to end on pictures drawn by code; a fresh machine needs only python3 (3.10+) and make
+# make check      lint and format
+# make test       the tests but those marked slow, a few minutes on 2 cores
+# make test-all   all tests
+# make bench      the quick benchmarks: preprocessing, and the memory plan against what is measured
+# make docs       write docs/config.md and docs/config_zh.md from isonext/config.py
+# make clean      remove the virtual environment and the demo's outputs
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# A file's tests stay in one worker, which makes its fixtures once; tests/conftest.py says which file comes first.
+PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/.installed
 	$(RUN) demo.py
 
-test: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+#	$(RUN) -m mypy isonext
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow" $(FLAGS)
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST) $(FLAGS)
+
+bench: $(VENV)/.installed
+	$(RUN) benchmarks/preprocess.py
+	$(RUN) benchmarks/plan.py
+
+docs: $(VENV)/.installed
+	$(RUN) -m isonext.config
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements/dev.txt
+$(VENV)/.installed-dev: requirements.txt requirements/dev.txt requirements/eval.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements/dev.txt
 	touch $@ $(VENV)/.installed
@@ -27,4 +46,4 @@ $(VENV)/.installed-dev: requirements.txt requirements/dev.txt
 clean:
 	rm -rf $(VENV) outputs/demo
 
-.PHONY: demo test clean
+.PHONY: demo check test test-all bench docs clean

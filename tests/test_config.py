@@ -367,14 +367,6 @@ def test_a_set_that_names_no_key_says_how_to_write_it(text):
         load_config(None, [text])
 
 
-@pytest.mark.parametrize("page", ["USAGE_GUIDE.md", "USAGE_GUIDE_zh.md"])
-def test_the_guide_lists_every_key_with_its_default(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for name, entry in KEYS.items():
-        default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
-        assert f"| `{name.partition('.')[2]}` | `{json.dumps(default)}` |" in text, name
-
-
 def test_the_choice_null_can_be_typed_though_it_is_a_word_of_json():
     assert load_config(None, ["inference.guidance=null"]).inference.guidance == "null"
     assert config_from_dict({"inference": {"guidance": None}}).inference.guidance == "null"
