@@ -38,7 +38,7 @@ COMMANDS = sorted(
 USERS = {"raw_data", "test_data", "latents", "checkpoints", "outputs", "report", "out", "models", "data", "holiday"}
 USERS |= {"holiday_painted", "photo", "painting", "tensorboard", "NAME_frames", ".venv", "data_root", "~"}
 WRITTEN = {"meta.json", "metrics.json", "report.md", "users.json", "report.json", "predictions.json", "results.json"}
-WRITTEN |= {"model.json", "data_config.json", "report/micro_doppler.json"}
+WRITTEN |= {"data_config.json", "lines.txt"}  # the last two of the text example
 # Other projects' files and flags, from which two examples say how to come.
 FOREIGN = {"stage1_extract_features.py", "stage2_train_dit.py", "stage3_inference.py", "scripts/batch_sample.py"}
 FOREIGN |= {"run_complete_pipeline.py", "download_models.py", "dataset/download_data.py", "scripts/train_text.py"}
@@ -196,7 +196,7 @@ def test_twins_have_the_same_headings_code_and_tables(page):
     rows = [table_rows(text) for text in texts]
     assert len(rows[0]) == len(rows[1])
     for english, chinese in zip(*rows, strict=True):
-        numbers = [re.findall(r"\d+(?:\.\d+)?", row) for row in (english, chinese)]
+        numbers = [re.findall(r"(?<![A-Za-z\d.])\d+(?:\.\d+)?", row) for row in (english, chinese)]  # not that of BF16
         assert numbers[0] == numbers[1], f"{english}\n{chinese}"
         assert english.count("|") == chinese.count("|"), chinese
 
