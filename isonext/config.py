@@ -355,6 +355,7 @@ def write_config_pages() -> None:
     chinese = json.loads((DOCS / "config_zh.json").read_text(encoding="utf-8"))
     for name, text in (("config.md", config_page()), ("config_zh.md", config_page(chinese))):
         (DOCS / name).write_text(text, encoding="utf-8")
+        print(f"written: {DOCS / name}")
 
 
 if __name__ == "__main__":
