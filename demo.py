@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     print_report(preprocess(config, device), Path(config.data.data_root))
     print("3/4  train.py: the velocity field of both styles")
     trainer = train(config, resume="newest")
-    if trainer.step < trainer.total_steps:
+    if not trainer.finished:
         return 130
     print("4/4  evaluate.py: transfer the test pictures both ways and measure")
     text, shown = measure(config, pictures, output)

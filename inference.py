@@ -1,7 +1,7 @@
 """Transfer pictures from one style to another: invert along the flow to their structure, generate again.
 
 python inference.py --checkpoint checkpoints/stage1_epoch200.pt --input test.jpg \\
-    --source_style 0 --target_style 1 --output result.png --num_steps 20 --cfg_scale 2.0
+    --source_style photo --target_style monet --output result.png
 
 The input is a picture, a latent of the store (.pt), or a folder; a folder's results keep its names, and a second run
 makes only what is missing. A structure kept with --save_structure gives other styles (--from_structure) or the
@@ -13,15 +13,54 @@ from pathlib import Path
 
 from isonext.config import OF_THE_LEGS, SETTINGS, InferenceConfig
 from isonext.errors import UserError
+from isonext.inference.options import (
+    NetworkOptions,
+    RestoreOptions,
+    RestyleOptions,
+    SettingsOptions,
+    TargetOptions,
+    TransferOptions,
+)
 from isonext.utils.cli import add_device_flags, new_parser, run
 
-OF_A_PICTURE = (
-    *("input", "source_style", "save_structure", "min_structure", "strength", "size", "config", "overrides"),
-)
+OF_A_PICTURE = ("input", "source_style", "save_structure", "min_structure", "strength", "size", "config", "overrides")
 
 
-def check_flags(args: argparse.Namespace) -> str:
-    """Which of the three orders is meant; flags that do not go together, or lie out of range, are refused."""
+def read_options(args: argparse.Namespace) -> TransferOptions | RestyleOptions | RestoreOptions:
+    """What is asked for; flags that do not go together, or lie out of range, are refused."""
+    check_ranges(args)
+    barred: tuple[str, ...] = ()
+    if args.restore:
+        barred = ("target_style", "interpolate", "from_structure", *OF_A_PICTURE, *SETTINGS)
+    elif args.from_structure:
+        barred = (*OF_A_PICTURE, *OF_THE_LEGS)
+    else:
+        for name in ("input", "source_style"):
+            if getattr(args, name) is None:
+                raise UserError(f"--{name} is missing (only --from_structure and --restore go without it)")
+    for name in barred:
+        if getattr(args, name) not in (None, []):
+            other = "restore" if args.restore else "from_structure"
+            flag = {"overrides": "set"}.get(name, name)
+            raise UserError(f"--{flag} does not go with --{other}: the structure file fixes it")
+    if not args.restore and (args.target_style is None) == (args.interpolate is None):
+        raise UserError("give either --target_style STYLE (or all), or --interpolate A B")
+    check_outputs(args)
+    network = NetworkOptions(args.checkpoint, args.device, args.precision, args.compile, args.tile)
+    if args.restore:
+        return RestoreOptions(network, args.restore, args.output)
+    flags = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    strength = 1.0 if args.strength is None else args.strength
+    settings = SettingsOptions(args.config, tuple(args.overrides), flags, strength, args.seed)
+    targets = TargetOptions(args.target_style, args.interpolate and tuple(args.interpolate), args.frames)
+    if args.from_structure:
+        return RestyleOptions(network, settings, targets, args.from_structure, args.output, args.certify)
+    rest = ("size", "batch_size", "min_structure", "certify", "save_structure", "compare", "overwrite")
+    of_pictures = {name: getattr(args, name) for name in rest}
+    return TransferOptions(network, settings, targets, args.input, args.output, args.source_style, **of_pictures)
+
+
+def check_ranges(args: argparse.Namespace) -> None:
     limits = {"size": (1, None), "batch_size": (1, None), "tile": (0, None), "frames": (2, 10_000)}
     limits |= {"strength": (0, 1), "min_structure": (-1, 1), "seed": (0, 2**63 - 1)}
     for name, (low, high) in limits.items():
@@ -30,31 +69,17 @@ def check_flags(args: argparse.Namespace) -> str:
             raise UserError(f"--{name} {value}: must be {f'from {low} to {high}' if high else f'{low} or more'}")
     if 0 < args.tile < 64:
         raise UserError(f"--tile {args.tile}: must be 64 or more, or 0 for no tiles")
-    if args.restore:
-        order, needed = "restore", ()
-        barred = (*("target_style", "interpolate", "from_structure"), *OF_A_PICTURE, *SETTINGS)
-    elif args.from_structure:
-        order, needed, barred = "transfer_structure", (), (*OF_A_PICTURE, *OF_THE_LEGS)
-    else:
-        order, needed, barred = "transfer_input", ("input", "source_style"), ()
-    for name in needed:
-        if getattr(args, name) is None:
-            raise UserError(f"--{name} is missing (only --from_structure and --restore go without it)")
-    for name in barred:
-        if getattr(args, name) not in (None, []):
-            other = "restore" if args.restore else "from_structure"
-            flag = {"overrides": "set"}.get(name, name)
-            raise UserError(f"--{flag} does not go with --{other}: the structure file fixes it")
-    if order != "restore" and (args.target_style is None) == (args.interpolate is None):
-        raise UserError("give either --target_style STYLE (or all), or --interpolate A B")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """What one picture, or one target, cannot be asked for."""
     several = args.interpolate is not None or args.target_style == "all"
-    if args.compare and order != "transfer_input":
+    if args.compare and (args.restore or args.from_structure):
         raise UserError("--compare shows --input beside its transfer, and here is no --input")
     if args.compare and several:
         raise UserError("--compare is for one target; the sheet of several shows the picture already")
     if args.save_structure and (several or args.input.is_dir()):
         raise UserError("--save_structure keeps one picture's way to one style; give one picture and one target")
-    return order
 
 
 def allowed(setting: str) -> tuple[str, ...]:
@@ -108,10 +133,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    order = check_flags(args)
+    options = read_options(args)
     from isonext.inference import jobs  # torch takes seconds to import: not before the flags are known to be good
 
-    return getattr(jobs, order)(args)
+    if isinstance(options, TransferOptions):
+        return jobs.transfer_pictures(options)
+    if isinstance(options, RestyleOptions):
+        return jobs.restyle_structure(options)
+    return jobs.restore_picture(options)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Fully convolutional: a model trained on one size runs on any other. The blocks f
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -106,24 +107,25 @@ class DepthwiseConv(nn.Conv2d):
 #                         What every velocity network has                       #
 #################################################################################
 
-# What a block may keep for its backward pass (`keep`); the rest is computed again there.
-#   all        what autograd keeps
-#   products   the results of its convolutions, matrix products and attention: half of that, and the rest costs little
-#   input      only that: a sixth, for a second forward pass (gradient checkpointing)
+# What the backward pass of a block computes again (`recompute`), in place of keeping it from the forward pass.
+#   none        nothing: autograd keeps all that it needs
+#   selective   all but the products of convolutions, matrices and attention: half the memory, at little cost
+#   full        all, from the block's input: a sixth of the memory, for a second forward pass (gradient checkpointing)
+Recompute = Literal["none", "selective", "full"]
 _aten = torch.ops.aten
 PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.linear.default, _aten.convolution.default]
 PRODUCTS += [torch.ops.isonext.depthwise.default, _aten._scaled_dot_product_flash_attention_for_cpu.default]
 PRODUCTS += [_aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default]
 PRODUCTS += [_aten._scaled_dot_product_cudnn_attention.default]
-KEEP_PRODUCTS = {"context_fn": functools.partial(create_selective_checkpoint_contexts, PRODUCTS)}
+SELECTIVE = {"context_fn": functools.partial(create_selective_checkpoint_contexts, PRODUCTS)}
 
 
-def keeping(keep: str, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`work(*inputs)`, of which the backward pass finds "all", the "products" or only the "input"."""
-    if keep == "all" or not torch.is_grad_enabled():
-        return work(*inputs)
-    kept = KEEP_PRODUCTS if keep == "products" else {}
-    return checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False, **kept)
+def run_block(recompute: Recompute, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`block(*inputs)`, of which the backward pass computes again what `recompute` says."""
+    if recompute == "none" or not torch.is_grad_enabled():
+        return block(*inputs)
+    options = SELECTIVE if recompute == "selective" else {}
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 class VelocityNetwork(nn.Module):
@@ -137,9 +139,9 @@ class VelocityNetwork(nn.Module):
     patch_size = 1  # side of a token, in cells
     attends = False
 
-    def __init__(self, num_styles: int, keep: str) -> None:
+    def __init__(self, num_styles: int, recompute: Recompute) -> None:
         super().__init__()
-        self.null_style, self.keep = num_styles, keep
+        self.null_style, self.recompute = num_styles, recompute
 
     def embed(self, style: Tensor) -> Tensor:
         """Style ids (B,) int64 -> their embeddings (B, width)."""
@@ -171,8 +173,8 @@ class Block(nn.Module):
         self.narrow = nn.Linear(expansion * dim, dim)
         self.gate = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor, scale_shift: Tensor, keep: str = "all") -> Tensor:
-        return keeping(keep, self._forward, x, scale_shift)
+    def forward(self, x: Tensor, scale_shift: Tensor, recompute: Recompute = "none") -> Tensor:
+        return run_block(recompute, self._forward, x, scale_shift)
 
     def _forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
         y = self.norm(self.depthwise(x), scale_shift)
@@ -195,9 +197,9 @@ class IsoNext(VelocityNetwork):
         time_dim: int = 256,  # even
         num_groups: int = 32,  # divides hidden_dim
         expansion: int = 4,
-        keep: str = "products",  # or "all" or "input"
+        recompute: Recompute = "selective",
     ) -> None:
-        super().__init__(num_styles, keep)
+        super().__init__(num_styles, recompute)
         self.time = TimestepEmbedding(time_dim)
         self.style = nn.Embedding(num_styles + 1, style_dim)
         self.join = nn.Linear(time_dim + style_dim, time_dim)
@@ -239,7 +241,7 @@ class IsoNext(VelocityNetwork):
         *scale_shifts, last = self.condition(t, style)
         h = self.stem(x)  # (B, D, h, w)
         for block, scale_shift in zip(self.blocks, scale_shifts, strict=True):
-            h = block(h, scale_shift, self.keep)
+            h = block(h, scale_shift, self.recompute)
         return self.head(self.norm(h, last)).float()
 
 

@@ -13,14 +13,26 @@ from pathlib import Path
 
 from isonext.config import InferenceConfig
 from isonext.errors import UserError
+from isonext.inference.options import NetworkOptions, SampleOptions, SettingsOptions
 from isonext.utils.cli import add_device_flags, new_parser, run
 
+SETTINGS = (
+    "method",
+    "num_steps",
+    "time_grid",
+    "time_shift",
+    "cfg_scale",
+    "cfg_interval",
+    "cfg_rescale",
+    "latent_clamp",
+)
 METHODS = tuple(
     name for name in InferenceConfig.__dataclass_fields__["method"].metadata["choices"] if name != "flowedit"
 )
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def read_options(args: argparse.Namespace) -> SampleOptions:
+    """What is asked for; flags out of range are refused."""
     for name in ("num_samples", "num_samples_per_style", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -29,6 +41,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output}: is a file; give a folder")
+    network = NetworkOptions(args.checkpoint, args.device, args.precision, args.compile, args.tile)
+    flags = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    settings = SettingsOptions(args.config, tuple(args.overrides), flags, seed=args.seed)
+    rest = ("num_samples_per_style", "num_samples", "batch_size", "npz", "overwrite")
+    counts = {name: getattr(args, name) for name in rest}
+    return SampleOptions(network, settings, args.output, tuple(args.styles or ()), **counts)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,16 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: for as many as pay for it")
     add_device_flags(parser)
-    # What inference.py asks for besides; here guidance is against the null style, and nothing is inverted.
-    parser.set_defaults(guidance="null", strength=None, inversion="explicit", tolerance=None, noise_samples=None)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    check_flags(args)
-    from isonext.inference import sampling
+    options = read_options(args)
+    from isonext.inference.sampling import sample_pictures  # torch takes seconds: not before the flags are read
 
-    return sampling.sample(args)
+    return sample_pictures(options)
 
 
 if __name__ == "__main__":

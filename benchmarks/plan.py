@@ -3,9 +3,9 @@
 python benchmarks/plan.py
 python benchmarks/plan.py --sizes 384x12x64x8 --compile
 
-Each size is D x N x side of the latents x pictures at once; of each, for all that blocks may keep, two
-micro-batches, the optimiser and the average are run. On CUDA the peak is the allocator's own count; elsewhere it is the
-sum of what PyTorch's profiler saw allocated and freed, and of the state. The last line is JSON.
+Each size is D x N x side of the latents x pictures at once; of each, whatever blocks compute again
+backwards, two micro-batches, the optimiser and the average are run. On CUDA the peak is the allocator's own count;
+elsewhere it is the sum of what PyTorch's profiler saw allocated and freed, and of the state. The last line is JSON.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from isonext.models.cost import footprint
 from isonext.training.optim import make_optimizer
 from isonext.utils.cli import add_device_flags, new_parser, run
 from isonext.utils.device import autocast, device_name, has_bf16, pick_device
-from model import IsoNext, count_parameters
+from model import IsoNext, Recompute, count_parameters
 
 MIB = 2**20
 SIZES = ["64x3x16x16", "128x6x32x8", "192x8x16x16", "256x4x32x4"]
@@ -64,18 +64,18 @@ def allocated_peak(step: Callable[[], None]) -> int:
     return most
 
 
-def measure(size: list[int], keep: str, device: torch.device, bf16: bool, compiled: bool) -> dict:
+def measure(size: list[int], recompute: Recompute, device: torch.device, bf16: bool, compiled: bool) -> dict:
     width, depth, side, pictures = size
     network = {"latent_channels": 4, "num_styles": 2, "hidden_dim": width, "num_layers": depth}
-    estimate = footprint(functools.partial(IsoNext, **network), (4, side, side), bf16, True, keep)
+    estimate = footprint(functools.partial(IsoNext, **network), (4, side, side), bf16, True, recompute)
     gc.collect()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    model = IsoNext(**network, keep=keep).to(device, memory_format=torch.channels_last)
+    model = IsoNext(**network, recompute=recompute).to(device, memory_format=torch.channels_last)
     if compiled:
         model.compile(dynamic=False)
     step = make_step(model, device, bf16, pictures, side)
     step()  # the first makes the moments
-    row = {"size": "x".join(map(str, size)), "keep": keep, "estimated": round(estimate.peak(pictures))}
+    row = {"size": "x".join(map(str, size)), "recompute": recompute, "estimated": round(estimate.peak(pictures))}
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -101,13 +101,13 @@ def main(args: argparse.Namespace) -> int:
     name = device_name(device)
     mode = f"{'BF16' if bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}"
     print(f"{name}; {mode}; peak of a training step in MiB, with weights, gradients, AdamW and average")
-    print(f"{'D x N x side x pictures':24s}{'kept':>14s}{'estimated':>11s}{'measured':>10s}{'error':>8s}")
+    print(f"{'D x N x side x pictures':24s}{'recomputed':>14s}{'estimated':>11s}{'measured':>10s}{'error':>8s}")
     rows = []
     for size in sizes:
-        for keep in ("all", "products", "input"):
-            row = measure(size, keep, device, bf16, args.compile)
+        for recompute in ("none", "selective", "full"):
+            row = measure(size, recompute, device, bf16, args.compile)
             reserved = f"   {row['reserved'] / MIB:.1f} reserved" if "reserved" in row else ""
-            print(f"{row['size']:24s}{keep:>14s}{row['estimated'] / MIB:11.1f}"
+            print(f"{row['size']:24s}{recompute:>14s}{row['estimated'] / MIB:11.1f}"
                   f"{row['measured'] / MIB:10.1f}{row['error']:+8.1%}{reserved}")  # fmt: skip
             rows.append(row)
     worst = max(abs(row["error"]) for row in rows)

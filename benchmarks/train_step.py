@@ -24,16 +24,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from isonext.checkpoint import EMA, network_of
+from isonext.checkpoint import network_of
 from isonext.config import Config, ModelConfig, TrainingConfig, load_config
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.flow.loss import flow_loss
 from isonext.models.cost import step_flops
 from isonext.training.optim import make_optimizer
+from isonext.training.state import EMA
 from isonext.utils.cli import add_device_flags, new_parser, run
 from isonext.utils.device import allow_tf32, autocast, device_name, has_bf16, pick_device
-from model import VelocityNetwork, count_parameters
+from model import Recompute, VelocityNetwork, count_parameters
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Variant:
     channels_last: bool
     compile: bool
     tf32: bool = True
-    keep: str = "all"  # of a block for its backward pass, see model.py
+    recompute: Recompute = "none"  # see model.py
 
 
 VARIANTS = (
@@ -51,7 +52,7 @@ VARIANTS = (
     Variant("+ TF32 (on CUDA), channels_last", False, True, False),
     Variant("+ BF16", True, True, False),
     Variant("+ torch.compile: the default", True, True, True),
-    Variant("default, blocks keep products only", True, True, True, keep="products"),
+    Variant("default, blocks keep products only", True, True, True, recompute="selective"),
 )
 ATTENTION = "aten::_scaled_dot_product_"
 PLAIN, DEFAULT = VARIANTS[0].name, VARIANTS[3].name
@@ -66,19 +67,20 @@ KINDS = (
 )
 
 
-def make_network(args: argparse.Namespace, keep: str = "all") -> VelocityNetwork:
+def make_network(args: argparse.Namespace, recompute: Recompute = "none") -> VelocityNetwork:
     """That of --config, or an IsoNext of the sizes given."""
     config = Config(model=ModelConfig(hidden_dim=args.hidden_dim, num_layers=args.num_layers))
     config = load_config(args.config, args.overrides) if args.config else config
     styles = ["a", "b"] if config.training.label_drop_prob else ["a"]
-    return network_of(config, LatentSpec("none", args.latent_channels, 1, args.latent_size, styles))(keep=keep)
+    spec = LatentSpec("none", args.latent_channels, 1, args.latent_size, styles)
+    return network_of(config, spec)(recompute=recompute)
 
 
 def make_step(args: argparse.Namespace, variant: Variant, device: torch.device) -> Callable[[], None]:
     """A function that does one optimiser step of `variant`; warmed up, so compiled."""
     torch.manual_seed(0)
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    model = make_network(args, variant.keep).to(device, memory_format=layout)
+    model = make_network(args, variant.recompute).to(device, memory_format=layout)
     optimizer, ema = make_optimizer(model, TrainingConfig()), EMA(model, 0.999)
     if variant.compile:
         model.compile(dynamic=False)

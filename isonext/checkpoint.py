@@ -1,6 +1,5 @@
-"""Checkpoints: the averaged weights, atomic save, checked load, the newest one to resume from."""
+"""Checkpoints: atomic save, checked load, the network in one, the newest one to resume from."""
 
-import copy
 import dataclasses
 import functools
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from isonext import __version__
 from isonext.config import ONLY_OF, Config, config_from_dict, config_to_dict
 from isonext.data.store import LatentSpec, shown
 from isonext.errors import UserError
@@ -23,23 +23,6 @@ from model import IsoNext, VelocityNetwork
 FORMAT = 2  # 1 was without base (white noise), store and guard
 BEST = "best.pt"  # of all validations, by the score of training/validation.py
 INTERRUPTED = "stage1_interrupted.pt"  # what Ctrl-C and SIGTERM leave, in the middle of an epoch
-
-
-class EMA:
-    """The exponential moving average of a model's weights, which is what transfers use.
-
-    The decay warms up as (1 + step) / (10 + step), so that the random start is soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimiser step `step`, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
 @dataclass
@@ -56,6 +39,7 @@ class Checkpoint:
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict
+    version: str = __version__  # of the program that wrote it; "" where that did not say yet
 
     def save(self, path: Path) -> None:
         tree = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
@@ -76,6 +60,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         tree["config"].setdefault("training", {})["anchor_strength"] = 0.0
     if tree["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {tree['format']}, this program reads {FORMAT}")
+    tree.setdefault("version", "")  # format 2 came before it
     if tree.keys() != names:
         raise UserError(f"{path}: checkpoint entries missing or unknown: {', '.join(sorted(tree.keys() ^ names))}")
     tree.pop("format")
@@ -88,7 +73,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def network_of(config: Config, spec: LatentSpec) -> Callable[..., VelocityNetwork]:
-    """What makes a config's network, of `keep`; what is counted comes from the store, a disagreement is an error."""
+    """What makes a config's network, of `recompute`; counts come from the store, and one that disagrees is an error."""
     others = [name for kind, names in ONLY_OF.items() if kind != config.model.type for name in names]
     options = {name: value for name, value in dataclasses.asdict(config.model).items() if name not in others}
     counted = {"latent_channels": spec.channels, "num_styles": len(spec.styles)}
@@ -106,7 +91,7 @@ def network_of(config: Config, spec: LatentSpec) -> Callable[..., VelocityNetwor
 
 
 def build_model(config: Config, spec: LatentSpec) -> VelocityNetwork:
-    """The network of a config and a store; what its blocks keep in training is the trainer's affair."""
+    """The network of a config and a store; what its blocks compute again backwards is the trainer's affair."""
     return network_of(config, spec)()
 
 
@@ -121,7 +106,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
     """Copy weights in; a missing, extra or misshapen one is an error that names it."""
     own = model.state_dict()
     wrong = sorted(own.keys() ^ weights.keys())
-    wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    wrong += [name for name in sorted(own.keys() & weights.keys()) if own[name].shape != weights[name].shape]
     if wrong:
         shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise UserError(f"{path}: {len(wrong)} weights missing, extra or of another shape: {shown}")

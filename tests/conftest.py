@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
@@ -17,11 +18,19 @@ if worker := os.environ.get(
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from helpers import STUDIO, TINY, call, call_within, draw_styles
 from isonext.config import Config, config_from_dict
 from isonext.data.preprocess import preprocess
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first, or the last one would keep a single worker busy."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,14 +95,19 @@ def store(_template, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def studio(tmp_path_factory) -> Path:
-    """A folder in which a user has preprocessed and trained, by the commands."""
-    folder = tmp_path_factory.mktemp("studio")
-    draw_styles(folder / "raw_data", 16)
-    (folder / "config.json").write_text("// a tiny setting\n" + json.dumps(STUDIO))
-    for command in ("preprocess_latents.py", "train.py"):
-        done = call(folder, command)
-        assert done.returncode == 0, done.stderr
-    return folder
+    """A folder in which a user has preprocessed and trained, by the commands: once for all workers, a copy for each."""
+    base = tmp_path_factory.getbasetemp()
+    trained = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(trained.with_suffix(".lock")):
+        if not trained.exists():
+            building = tmp_path_factory.mktemp("building")
+            draw_styles(building / "raw_data", 16)
+            (building / "config.json").write_text("// a tiny setting\n" + json.dumps(STUDIO))
+            for command in ("preprocess_latents.py", "train.py"):
+                done = call(building, command)
+                assert done.returncode == 0, done.stderr
+            building.rename(trained)
+    return shutil.copytree(trained, base / "studio")
 
 
 @pytest.fixture

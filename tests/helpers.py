@@ -1,10 +1,15 @@
 """What tests call: a tiny config, commands as users run them, and what a refusal looks like."""
 
+import functools
 import importlib
 import io
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -12,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fork_server import Forked, ForkServer
 from isonext.utils import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,13 +71,65 @@ def draw_styles(root: Path, count: int) -> None:
             Image.fromarray(picture).save(root / style / f"{number:03}.png")
 
 
-def call(folder: Path, *arguments: str, **extra) -> subprocess.CompletedProcess:
-    """Run `python ARGUMENTS` in `folder` as a user would."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    arguments = (str(ROOT / arguments[0]), *arguments[1:])
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, **extra
-    )
+def environment(variables: dict[str, str]) -> dict[str, str]:
+    """What commands run in. PYTHONPATH, since another checkout than this one may be installed."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | variables
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    return ForkServer(environment({}))
+
+
+class Command:
+    """`python ARGUMENTS` under way in `folder`, as a user would start it, and what it has written so far.
+
+    Forked by the server, or, where `cold` is set or nothing can be forked, by a new interpreter. `beside` is another
+    command, the files of which it writes to.
+    """
+
+    def __init__(
+        self, folder: Path, *arguments: str | Path, cold: bool = False, beside: "Command | None" = None, **variables
+    ) -> None:
+        self.arguments = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
+        self.files = beside.files if beside else [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        out, err = (file.fileno() for file in self.files)
+        self.process: Forked | subprocess.Popen
+        if cold or sys.platform != "linux":
+            self.process = subprocess.Popen(
+                [sys.executable, *self.arguments], cwd=folder, env=environment(variables), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            )  # fmt: skip
+        else:
+            self.process = fork_server().start(self.arguments, folder, environment(variables), out, err)
+
+    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        """Wait for the end. After `timeout` seconds, or an interrupt, kill it with all that it has started."""
+        try:
+            status = self.process.wait(timeout)
+        except BaseException:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            print(f"{self.arguments} had written:\n{self.stdout}{self.stderr}")
+            raise
+        return subprocess.CompletedProcess(self.arguments, status, self.stdout, self.stderr)
+
+    @property
+    def stdout(self) -> str:
+        return self._written(0)
+
+    @property
+    def stderr(self) -> str:
+        return self._written(1)
+
+    def _written(self, number: int) -> str:
+        file = self.files[number].fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode()
+
+
+def call(folder: Path, *arguments: str | Path, cold: bool = False) -> subprocess.CompletedProcess:
+    """Run `python ARGUMENTS` in `folder` to its end."""
+    return Command(folder, *arguments, cold=cold).finish()
 
 
 def refused(result: tuple[int, str, str], *words: str) -> None:
@@ -100,7 +158,35 @@ LAUNCHERS = {  # each with a port of its own, since other tests may be under way
 }
 
 
-def launch(folder: Path, script: str | Path, *flags: str, launcher: str = "torchrun") -> subprocess.CompletedProcess:
+def launch_by(launcher: str, folder: Path, script: str | Path, *flags: str | Path) -> subprocess.CompletedProcess:
+    """Two processes by a launcher that users have."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher], str(ROOT / script), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment({}), capture_output=True, text=True, timeout=120)
+
+
+def start_ranks(folder: Path, script: str | Path, *flags: str | Path, share: bool = False) -> list[Command]:
+    """Two forked processes with a launcher's variables; with `share` they write to the same files."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks: list[Command] = []
+    for rank in "01":
+        beside = ranks[0] if share and ranks else None
+        ranks.append(Command(folder, script, *flags, beside=beside, **common, RANK=rank, LOCAL_RANK=rank))
+    return ranks
+
+
+def launch(folder: Path, script: str | Path, *flags: str | Path, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Two processes, watched as torchrun does: where one fails the other gets a SIGTERM, the status is 1, and the last
+    line on stderr reports who failed first."""
+    ranks, end, failed = start_ranks(folder, script, *flags, share=True), time.monotonic() + timeout, []
+    while not failed and any(rank.process.poll() is None for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
+        failed = [(number, rank.process.returncode) for number, rank in enumerate(ranks) if rank.process.poll()]
+    if failed:
+        for rank in ranks:
+            rank.process.send_signal(signal.SIGTERM)
+    done, _ = (rank.finish(max(0, end - time.monotonic())) for rank in ranks)
+    report = "rank {} failed first, exitcode {}\n".format(*failed[0]) if failed else ""
+    return subprocess.CompletedProcess(done.args, int(bool(failed)), ranks[0].stdout, ranks[0].stderr + report)

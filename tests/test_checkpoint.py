@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
+from isonext import __version__
 from isonext.checkpoint import (
-    EMA,
     INTERRUPTED,
     Checkpoint,
     build_model,
@@ -17,6 +17,7 @@ from isonext.checkpoint import (
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.flow.base import Base
+from isonext.training.state import EMA
 
 BASE = Base(0.8, 2, torch.ones(2, 12), torch.ones(2, 12), torch.ones(12, 2, 2))
 SPEC = LatentSpec("dct:f4c12", 12, 4, 16, ["ink", "oil"], mean=[0.5] * 12, std=[2.0] * 12)
@@ -28,7 +29,7 @@ def config(make_config, tmp_path):
 
 
 @pytest.fixture
-def made(config) -> Checkpoint:
+def checkpoint(config) -> Checkpoint:
     """A checkpoint after one step of AdamW, its average unlike its weights."""
     torch.manual_seed(0)
     model = build_model(config, SPEC)
@@ -72,41 +73,53 @@ def assert_same(one, other) -> None:
 #################################################################################
 
 
-def test_a_checkpoint_comes_back_as_it_was_saved(made, tmp_path):
-    made.save(tmp_path / "a.pt")
+def test_a_checkpoint_comes_back_as_it_was_saved(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "a.pt")
     back = load_checkpoint(tmp_path / "a.pt")
-    assert (back.config, back.latents, back.step, back.epoch) == (made.config, made.latents, 7, 3)
+    assert (back.config, back.latents, back.step, back.epoch) == (checkpoint.config, checkpoint.latents, 7, 3)
     for part in ("model", "ema", "optimizer"):
-        assert_same(getattr(back, part), getattr(made, part))
+        assert_same(getattr(back, part), getattr(checkpoint, part))
     assert_same(dataclasses.asdict(back.base), dataclasses.asdict(BASE))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_checkpoint_is_data_that_loads_with_weights_only(made, tmp_path):
-    made.save(tmp_path / "a.pt")
+def test_a_checkpoint_is_data_that_loads_with_weights_only(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "a.pt")
     tree = torch.load(tmp_path / "a.pt", weights_only=True)
     assert tree["latents"] == dataclasses.asdict(SPEC)
     assert tree["config"]["model"]["hidden_dim"] == 16
     assert (tree["format"], tree["step"], tree["epoch"]) == (2, 7, 3)
 
 
-def test_a_checkpoint_of_the_first_format_starts_from_white_noise(made, tmp_path):
-    made.save(tmp_path / "a.pt")
+def test_a_checkpoint_of_the_first_format_starts_from_white_noise(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "a.pt")
     tree = torch.load(tmp_path / "a.pt", weights_only=True)
-    del tree["base"], tree["store"], tree["guard"]
+    del tree["base"], tree["store"], tree["guard"], tree["version"]
     del tree["config"]["training"]["anchor_strength"]
     torch.save(tree | {"format": 1}, tmp_path / "a.pt")
     loaded = load_checkpoint(tmp_path / "a.pt")
-    assert (loaded.store, loaded.guard) == ("", {})
+    assert (loaded.store, loaded.guard, loaded.version) == ("", {}, "")
     assert loaded.base.strength == loaded.config.training.anchor_strength == 0
-    assert_same(loaded.model, made.model)
+    assert_same(loaded.model, checkpoint.model)
 
 
-def test_the_network_of_a_checkpoint_is_the_averaged_one(made, tmp_path, cpu):
-    model = load_model(made, tmp_path / "a.pt", cpu)
-    assert_same(dict(model.state_dict()), dict(made.ema))
-    assert not torch.equal(model.head.weight, made.model["head.weight"])
+def test_the_network_of_a_checkpoint_is_the_averaged_one(checkpoint, tmp_path, cpu):
+    model = load_model(checkpoint, tmp_path / "a.pt", cpu)
+    assert_same(dict(model.state_dict()), dict(checkpoint.ema))
+    assert not torch.equal(model.head.weight, checkpoint.model["head.weight"])
     assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_checkpoint_says_which_version_wrote_it_and_one_of_before_loads(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "a.pt")
+    tree = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert tree["version"] == load_checkpoint(tmp_path / "a.pt").version == __version__ != ""
+    del tree["version"]
+    torch.save(tree, tmp_path / "a.pt")
+    before = load_checkpoint(tmp_path / "a.pt")
+    assert before.version == "" and before.step == checkpoint.step
+    for part in ("model", "ema", "optimizer"):
+        assert_same(getattr(before, part), getattr(checkpoint, part))
 
 
 @pytest.mark.parametrize(
@@ -119,9 +132,9 @@ def test_the_network_of_a_checkpoint_is_the_averaged_one(made, tmp_path, cpu):
         (lambda tree: tree["config"]["model"].update(hiden=1), "unknown key model.hiden"),
     ],
 )
-def test_a_checkpoint_of_another_form_is_refused_in_one_line(made, tmp_path, change, message):
+def test_a_checkpoint_of_another_form_is_refused_in_one_line(checkpoint, tmp_path, change, message):
     path = tmp_path / "a.pt"
-    made.save(path)
+    checkpoint.save(path)
     tree = torch.load(path, weights_only=True)
     change(tree)
     torch.save(tree, path)
@@ -138,9 +151,9 @@ def test_another_file_of_torch_is_no_checkpoint(tmp_path, content):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_refused_in_one_line(made, tmp_path, share):
+def test_a_truncated_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, share):
     path = tmp_path / "a.pt"
-    made.save(path)
+    checkpoint.save(path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(UserError, match=r"a\.pt: .*checkpoint") as caught:
         load_checkpoint(path)
@@ -156,10 +169,10 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(made, tmp_path, share):
         (lambda w: [w.update({f"_orig_mod.{name}": w.pop(name)}) for name in list(w)], "weights missing, extra"),
     ],
 )
-def test_a_missing_an_extra_and_a_misshapen_weight_are_named_and_nothing_is_loaded(config, made, change, named):
+def test_a_missing_an_extra_and_a_misshapen_weight_are_named_and_nothing_is_loaded(config, checkpoint, change, named):
     model = build_model(config, SPEC)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    weights = dict(made.model)
+    weights = dict(checkpoint.model)
     change(weights)
     with pytest.raises(UserError, match=f"there.pt: .*{named}"):
         load_weights(model, weights, "there.pt")
@@ -188,41 +201,12 @@ def test_counts_come_from_the_latents_or_agree_with_them(make_config, tmp_path):
 
 
 #################################################################################
-#                                    Average                                    #
-#################################################################################
-
-
-def test_the_average_warms_up_as_by_hand_and_moves_towards_the_weights():
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    ema = EMA(model, 0.9995)
-    expected = 0.0
-    for step, weight, decay in [(0, 1.0, 1 / 10), (1, 3.0, 2 / 11), (2, -1.0, 3 / 12)]:
-        torch.nn.init.constant_(model.weight, weight)
-        ema.update(model, step)
-        distance = abs(expected - weight)
-        expected = decay * expected + (1 - decay) * weight
-        assert ema.model.weight.item() == pytest.approx(expected, abs=1e-6)
-        assert abs(ema.model.weight.item() - weight) < distance
-    assert model.weight.item() == -1.0, "the weights themselves stay"
-
-
-def test_after_the_warm_up_the_decay_is_the_configs():
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    ema = EMA(model, 0.75)
-    torch.nn.init.ones_(model.weight)
-    ema.update(model, 10**6)
-    assert ema.model.weight.item() == pytest.approx(0.25, abs=1e-6)
-
-
-#################################################################################
 #                                   The newest                                  #
 #################################################################################
 
 
-def save_at(made: Checkpoint, path, step: int) -> None:
-    dataclasses.replace(made, step=step).save(path)
+def save_at(checkpoint: Checkpoint, path, step: int) -> None:
+    dataclasses.replace(checkpoint, step=step).save(path)
 
 
 def test_epochs_are_ordered_by_number_and_other_files_are_passed_by(tmp_path):
@@ -233,18 +217,18 @@ def test_epochs_are_ordered_by_number_and_other_files_are_passed_by(tmp_path):
 
 
 @pytest.mark.parametrize(("interrupted_at", "expected"), [(50, "stage1_epoch10.pt"), (105, INTERRUPTED)])
-def test_the_newest_is_the_one_with_the_most_steps(made, tmp_path, interrupted_at, expected):
+def test_the_newest_is_the_one_with_the_most_steps(checkpoint, tmp_path, interrupted_at, expected):
     for epoch in (9, 10):
-        save_at(made, tmp_path / f"stage1_epoch{epoch}.pt", 10 * epoch)
-    save_at(made, tmp_path / INTERRUPTED, interrupted_at)
+        save_at(checkpoint, tmp_path / f"stage1_epoch{epoch}.pt", 10 * epoch)
+    save_at(checkpoint, tmp_path / INTERRUPTED, interrupted_at)
     path, found = newest_checkpoint(tmp_path)
     assert path.name == expected
     assert found.step == max(100, interrupted_at)
 
 
-def test_a_damaged_newest_is_passed_over_with_a_warning(made, tmp_path, capsys):
+def test_a_damaged_newest_is_passed_over_with_a_warning(checkpoint, tmp_path, capsys):
     for epoch in (8, 9):
-        save_at(made, tmp_path / f"stage1_epoch{epoch}.pt", 10 * epoch)
+        save_at(checkpoint, tmp_path / f"stage1_epoch{epoch}.pt", 10 * epoch)
     whole = (tmp_path / "stage1_epoch9.pt").read_bytes()
     (tmp_path / "stage1_epoch10.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / INTERRUPTED).write_bytes(b"")

@@ -53,13 +53,14 @@ def test_folders_are_unpaired_to_train_on_and_paired_to_test_and_a_broken_file_i
     assert contents == {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*.png")}
 
 
+@pytest.mark.slow
 def test_the_demo_runs_end_to_end_and_a_second_time(tmp_path):
     flags = ["--num_train", "40", "--num_test", "6"]
     for change in ("stage1_epochs=2", "batch_size=20", "compile=false", "num_workers=0", "save_every_epochs=2"):
         flags += ["--set", f"training.{change}"]
     for change in ("hidden_dim=16", "num_layers=1"):
         flags += ["--set", f"model.{change}"]
-    flags += ["--set", "inference.num_steps=2"]
+    flags += ["--set", "inference.num_steps=2", "--set", "data.image_size=32"]
     done = call(tmp_path, "demo.py", *flags)
     assert done.returncode == 0, done.stderr
     for name in ("shaded_to_ink.png", "ink_to_shaded.png", "losses.png"):

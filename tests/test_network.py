@@ -226,11 +226,11 @@ def test_the_output_is_float32_under_bf16_autocast_and_near_that_of_float32():
     assert 1e-4 < relative_error(v, full) < 0.02
 
 
-@pytest.mark.parametrize("keep", ("products", "input"))
-def test_what_is_computed_again_backwards_changes_no_gradient(keep):
-    plain = random_model(keep="all")
+@pytest.mark.parametrize("recompute", ("selective", "full"))
+def test_what_is_computed_again_backwards_changes_no_gradient(recompute):
+    plain = random_model(recompute="none")
     saving = copy.deepcopy(plain)
-    saving.keep = keep
+    saving.recompute = recompute
     for model in (plain, saving):
         model(*inputs()).square().mean().backward()
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
@@ -326,14 +326,16 @@ def test_depthwise_gradients_in_bf16_on_a_cpu_are_those_of_float64(batch, dim, h
 #################################################################################
 
 
-@pytest.mark.parametrize("keep", ("all", "products", "input"))
-def test_compiled_blocks_share_one_graph_and_change_no_number(keep):
-    plain, compiled = random_model(keep=keep), random_model(keep=keep)
+@pytest.mark.parametrize("recompute", ("none", "selective", "full"))
+def test_compiled_blocks_share_one_graph_and_change_no_number(recompute):
+    plain, compiled = random_model(recompute=recompute), random_model(recompute=recompute)
     x, t, style = inputs(count=2)
     graphs = []
 
     def backend(graph, _inputs):
-        if keep != "products":  # whose choice torch cannot cache yet; the kernels made of it are cached all the same
+        if (
+            recompute != "selective"
+        ):  # whose choice torch cannot cache yet; the kernels made of it are cached all the same
             check_cacheable(graph)
         graphs.append(graph)
         return graph

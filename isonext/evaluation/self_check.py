@@ -14,7 +14,7 @@ from isonext.flow.loss import flow_loss
 from isonext.flow.solvers import LatticeState, leapfrog_leg, time_grid
 from isonext.models.cost import footprint
 from isonext.utils.device import autocast
-from model import IsoNext, count_parameters
+from model import IsoNext, Recompute, count_parameters
 
 STYLES = 2
 
@@ -99,23 +99,23 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
 
 
 def check_memory(check: Checks, device: torch.device) -> None:
-    def estimate(side: int, keep: str) -> float:
+    def estimate(side: int, recompute: Recompute) -> float:
         network = {"latent_channels": 4, "num_styles": STYLES, "hidden_dim": 384, "num_layers": 12}
-        return footprint(functools.partial(IsoNext, **network), (4, side, side), True, True, keep).peak(64) / 2**30
+        return footprint(functools.partial(IsoNext, **network), (4, side, side), True, True, recompute).peak(64) / 2**30
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        model = IsoNext(4, STYLES, keep="input").to(device, memory_format=torch.channels_last)
+        model = IsoNext(4, STYLES, recompute="full").to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         shadow = copy.deepcopy(model)  # the EMA
         timed_step(model, optimizer, device, batch=64, side=64, bf16=True)()
         peak = torch.cuda.max_memory_reserved(device) / 2**30
-        detail = f"measured peak {peak:.2f} GB, estimated {estimate(64, 'input'):.2f} GB"
+        detail = f"measured peak {peak:.2f} GB, estimated {estimate(64, 'full'):.2f} GB"
         check("D 384, N 12, batch 64 at 512 px fits 8 GB", peak < 8, detail)
         del shadow
         return
     for side in (32, 64):
-        sizes = [estimate(side, keep) for keep in ("products", "input")]
+        sizes = [estimate(side, recompute) for recompute in ("selective", "full")]
         detail = f"{sizes[0]:.1f} GB, with gradient_checkpointing {sizes[1]:.1f} GB (estimated, not measured)"
         check(f"D 384, N 12, batch 64 at {8 * side} px on a GPU", min(sizes) < 8, detail)
 

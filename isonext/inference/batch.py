@@ -1,4 +1,4 @@
-"""A batch of pictures through a transfer: made, certified, kept, saved; and the report of it."""
+"""A batch of pictures: transferred, certified, its structure and its results saved; and the report of it."""
 
 import math
 from collections.abc import Iterable
@@ -11,43 +11,14 @@ from tqdm import tqdm
 
 from isonext.data import images
 from isonext.evaluation.metrics import ssim
-from isonext.flow.certificate import Certificate, digest
+from isonext.flow.certificate import digest
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Transfer, TransferSettings
 from isonext.inference.inputs import Job, Loaded
+from isonext.inference.plan import Plan, Target
 from isonext.inference.structure_file import Structure, fixed_bits, save_structure
-from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.io import in_background
-
-
-@dataclass
-class Target:
-    """A style to make."""
-
-    label: str  # end of its file's name
-    title: str  # of its column in a sheet
-    style: int | Tensor  # an id, or an embedding (1, style_dim) between two
-    is_frame: bool = False  # of an interpolation: frames have a folder to themselves
-
-    def path(self, output: Path) -> Path:
-        """Where it goes, beside the sheet `output`."""
-        folder = output.with_name(f"{output.stem}_frames") if self.is_frame else output.parent
-        return folder / f"{output.stem}_{self.label}{output.suffix}"
-
-
-@dataclass
-class Plan:
-    """What is done to every batch."""
-
-    pipeline: Pipeline
-    source: int
-    targets: list[Target]
-    settings: TransferSettings
-    floor: float | None = None  # --min_structure
-    compare: bool = False
-    keep: Path | None = None  # --save_structure
-    certificate: Certificate | None = None
 
 
 @dataclass
@@ -75,29 +46,31 @@ class Report:
 #################################################################################
 
 
-def make(batch: Loaded, plan: Plan, report: Report) -> list[Transfer]:
-    """The transfers of a batch, one a target; certified and kept where that was asked for."""
+def transfer_batch(batch: Loaded, plan: Plan, report: Report) -> list[Transfer]:
+    """The transfers of a batch, one a target; certified, and the structure saved, where that was asked for."""
     pipeline, source, settings = plan.pipeline, plan.source, plan.settings
-    used, once = [settings] * len(plan.targets), 0
-    if plan.floor is not None:
-        made, used = zip(*(find_strength(batch, plan, target, report) for target in plan.targets), strict=True)
+    cuts, shared = [settings] * len(plan.targets), 0
+    if plan.min_structure is not None:
+        found = [find_strength(batch, plan, target, report) for target in plan.targets]
+        transfers, cuts = [transfer for transfer, _ in found], [cut for _, cut in found]
     elif settings.method == "flowedit":
-        made = [pipeline.transfer(batch.latents, source, target.style, settings) for target in plan.targets]
+        transfers = [pipeline.transfer(batch.latents, source, target.style, settings) for target in plan.targets]
     else:
         inverted = pipeline.invert(batch.latents, source, settings)
-        made = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
-        once = inverted.nfe  # which the transfers share
-    note_residual(batch, made[0], settings, report)
-    for transfer, target, cut in zip(made, plan.targets, used, strict=True):
+        transfers = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
+        shared = inverted.nfe
+    note_residual(batch, transfers[0], settings, report)
+    for transfer, target, cut in zip(transfers, plan.targets, cuts, strict=True):
         if plan.certificate:
             back = pipeline.undo(transfer.end, source, target.style, cut)[1]
             plan.certificate.compare(LatticeState.at_picture(batch.latents), back, len(batch.jobs))
-    if plan.keep:
+    if plan.save_structure:
         names = pipeline.spec.styles[source], plan.targets[0].title
-        original, bits = digest(LatticeState.at_picture(batch.latents)), fixed_bits(pipeline)
-        save_structure(Structure(made[0].start, made[0].end, *names, used[0], batch.size, original, bits), plan.keep)
-    report.nfe = once + sum(transfer.nfe - once for transfer in made)
-    return list(made)
+        original, bits, (first, *_) = digest(LatticeState.at_picture(batch.latents)), fixed_bits(pipeline), transfers
+        structure = Structure(first.start, first.end, *names, cuts[0], batch.size, original, bits)
+        save_structure(structure, plan.save_structure)
+    report.nfe = shared + sum(transfer.nfe - shared for transfer in transfers)
+    return transfers
 
 
 def find_strength(batch: Loaded, plan: Plan, target: Target, report: Report) -> tuple[Transfer, TransferSettings]:
@@ -113,8 +86,8 @@ def find_strength(batch: Loaded, plan: Plan, target: Target, report: Report) -> 
     def score(latents: Tensor) -> float:
         return ssim(decoded(latents), before).item()
 
-    made, cut, tried = pipeline.keep_structure(
-        batch.latents, plan.source, target.style, plan.settings, score, plan.floor
+    transfer, cut, tried = pipeline.keep_structure(
+        batch.latents, plan.source, target.style, plan.settings, score, plan.min_structure
     )
     reached = dict(tried)[1 - cut.grid[0]]
     trials = ", ".join(f"{strength:.2f}: {value:.3f}" for strength, value in sorted(tried))
@@ -122,20 +95,20 @@ def find_strength(batch: Loaded, plan: Plan, target: Target, report: Report) -> 
         f"{batch.jobs[0].source} as {target.title}: strength {1 - cut.grid[0]:.2f} keeps structure {reached:.3f} "
         f"(tried {trials})"
     )
-    return made, cut
+    return transfer, cut
 
 
-def note_residual(batch: Loaded, made: Transfer, settings: TransferSettings, report: Report) -> None:
-    if made.residual is None:
+def note_residual(batch: Loaded, transfer: Transfer, settings: TransferSettings, report: Report) -> None:
+    if transfer.residual is None:
         return
-    for job, residual in zip(batch.jobs, made.residual.tolist(), strict=False):
+    for job, residual in zip(batch.jobs, transfer.residual.tolist(), strict=False):
         report.residual = max(report.residual, residual)
         if not residual <= settings.tolerance:
             report.unsolved.append(str(job.source))
 
 
-def results_of(job: Job, plan: Plan) -> list[Path]:
-    """Every file that `save` writes for a job; the last one is its output."""
+def result_paths(job: Job, plan: Plan) -> list[Path]:
+    """Every file that `save_results` writes for a job; the last one is its output."""
     paths = [target.path(job.output) for target in plan.targets] if len(plan.targets) > 1 else []
     if plan.compare:
         paths.append(compare_path(job))
@@ -146,7 +119,7 @@ def compare_path(job: Job) -> Path:
     return job.output.with_name(f"{job.output.stem}_compare.png")
 
 
-def save(job: Job, before: Tensor | None, results: list[Tensor], plan: Plan) -> None:
+def save_results(job: Job, before: Tensor | None, results: list[Tensor], plan: Plan) -> None:
     """Write the results of one picture: one picture; or one a target, and `job.output` is the sheet of them all."""
     pictures = [images.to_picture(pixels) for pixels in results]
     source = [] if before is None else [images.to_picture(before)]
@@ -162,17 +135,23 @@ def save(job: Job, before: Tensor | None, results: list[Tensor], plan: Plan) -> 
     images.save_picture(final, job.output)  # last: a result that is there says that its job is done
 
 
-def work_off(batches: Iterable[Loaded], plan: Plan, total: int) -> Report:
-    """Make and save every batch; the next one is read and the last one is written meanwhile."""
+def transfer_batches(batches: Iterable[Loaded], plan: Plan, total: int) -> Report:
+    """Transfer and save every batch; the next one is read and the last one is written meanwhile."""
     report, pipeline = Report(), plan.pipeline
     with_before, quiet = plan.compare or len(plan.targets) > 1, None if distributed.is_main() else True
     with tqdm(total=total, desc="transfer", unit="picture", disable=quiet) as bar, in_background(32) as submit:
         for batch in batches:
-            made = make(batch, plan, report)
-            results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in made]
+            transfers = transfer_batch(batch, plan, report)
+            results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
             before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
             for row, job in enumerate(batch.jobs):
-                submit(save, job, None if before is None else before[row], [result[row] for result in results], plan)
+                submit(
+                    save_results,
+                    job,
+                    None if before is None else before[row],
+                    [result[row] for result in results],
+                    plan,
+                )
             report.done += len(batch.jobs)
             bar.update(len(batch.jobs))
     return report

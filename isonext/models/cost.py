@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from isonext.flow.loss import flow_loss
-from model import VelocityNetwork, count_parameters
+from model import Recompute, VelocityNetwork, count_parameters
 
 COPIES = 5  # of the parameters, in float32: themselves, gradients, AdamW's two moments, the average
 COUNTED = 4, 64  # micro-batches that are counted; between and beyond them memory is a straight line
@@ -42,15 +42,15 @@ class Footprint:
 
 
 def footprint(
-    network: Callable[..., VelocityNetwork],  # makes it, of `keep`: what blocks keep for the backward pass
+    network: Callable[..., VelocityNetwork],  # makes it, of `recompute`: what blocks compute again backwards
     sample: tuple[int, ...],  # the shape of one latent: channels, and sides in cells
     bf16: bool,
     channels_last: bool,
-    keep: str,
+    recompute: Recompute,
 ) -> Footprint:
     """Of the training step of that network."""
     with FakeTensorMode():
-        model = network(keep=keep)
+        model = network(recompute=recompute)
         for parameter in model.parameters():  # as in all micro-batches but the first
             parameter.grad = torch.empty_like(parameter)
         few, many = COUNTED
@@ -85,11 +85,11 @@ class _LiveBytes(TorchDispatchMode):
         self.alive = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        made = operation(*args, **kwargs or {})
-        for tensor in tree_leaves(made):
+        results = operation(*args, **kwargs or {})
+        for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.alive:
                 self._add(tensor.untyped_storage())
-        return made
+        return results
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         self.alive.add(storage._cdata)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import TimestepEmbedding, VelocityNetwork, keeping
+from model import Recompute, TimestepEmbedding, VelocityNetwork, run_block
 
 #################################################################################
 #                               Patches and places                              #
@@ -116,8 +116,8 @@ class Block(nn.Module):
         self.mlp = (SwiGlu if mlp == "swiglu" else Gelu)(dim, int(mlp_ratio * dim))
         self.affine = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, keep: str = "all") -> Tensor:
-        return keeping(keep, self._forward, x, condition, cos, sin)
+    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, recompute: Recompute = "none") -> Tensor:
+        return run_block(recompute, self._forward, x, condition, cos, sin)
 
     def _forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = condition[:, None].chunk(6, dim=-1)  # (B, 1, D) each
@@ -148,9 +148,9 @@ class DiT(VelocityNetwork):
         pos: str = "rope",  # or "sincos", added to the patches
         qk_norm: bool = False,
         time_dim: int = 256,  # of the sinusoid; even
-        keep: str = "products",  # or "all" or "input"
+        recompute: Recompute = "selective",
     ) -> None:
-        super().__init__(num_styles, keep)
+        super().__init__(num_styles, recompute)
         self.size, self.patch_size, self.hidden_dim = tuple(size), patch_size, hidden_dim
         if any(side % patch_size for side in size):
             raise ValueError(f"latents of {size} cells cannot be cut into patches of {patch_size}")
@@ -203,7 +203,7 @@ class DiT(VelocityNetwork):
         h = self.stem(to_patches(x, self.patch_size)).float()  # (B, T, D)
         h = h + self.places if len(self.places) else h
         for block, condition in zip(self.blocks, conditions, strict=True):
-            h = block(h, condition, self.cos, self.sin, self.keep)
+            h = block(h, condition, self.cos, self.sin, self.recompute)
         shift, scale = last[:, None].chunk(2, dim=-1)
         v = self.head((1 + scale) * self.norm(h) + shift)
         return from_patches(v, self.patch_size, self.size).float()

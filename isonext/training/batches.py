@@ -46,11 +46,11 @@ def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
     if training.anchor_strength and training.anchor_cells > cells:
         raise UserError(f"training.anchor_cells = {training.anchor_cells}: the latents have {cells} cells a side")
 
-    def some(style: int) -> Tensor:
+    def spread(style: int) -> Tensor:
         index = (split.styles == style).nonzero().flatten()
         return split.batch(index[:: math.ceil(len(index) / 1024)])[0]
 
-    return fit_base(some, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
+    return fit_base(spread, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
 
 
 def draw_batch(split: LatentSplit, base: Base, training: TrainingConfig, step: int, null_style: int) -> Batch:

@@ -15,10 +15,10 @@ class Logbook:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
+        earlier = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
         with written_whole(self.path) as beside:
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.kept = kept
+            beside.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
+        self.earlier = earlier
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
@@ -29,7 +29,7 @@ class Logbook:
 
     def largest(self, name: str) -> float:
         """Of what was logged before this run went on; 0 where there is nothing."""
-        return max((line[name] for line in self.kept if name in line), default=0.0)
+        return max((line[name] for line in self.earlier if name in line), default=0.0)
 
     def close(self) -> None:
         self.board.close()

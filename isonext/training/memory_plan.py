@@ -16,11 +16,14 @@ from isonext.data.store import LatentSpec, StoreMeta, read_meta, shown
 from isonext.errors import UserError
 from isonext.models.cost import Footprint, footprint, step_flops
 from isonext.utils.device import has_bf16
+from model import Recompute, VelocityNetwork
 
 GIB = 2**30
-USED = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
+USABLE = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
 CONTEXT = GIB // 2  # of a card, taken by CUDA before the first tensor
-ENOUGH = 8  # pictures at once that keep a device busy
+MIN_AT_ONCE = 8  # pictures that keep a device busy
+
+Needs = Callable[[Recompute], Footprint]  # of a training step, by what blocks compute again for the backward pass
 
 #################################################################################
 #                            What `auto` comes to                               #
@@ -28,45 +31,45 @@ ENOUGH = 8  # pictures at once that keep a device busy
 
 
 @dataclass(frozen=True)
-class Cut:
+class MicroBatch:
     """How a process goes through its share of a batch."""
 
-    pictures: int  # at once: the micro-batch
-    keep: str  # what blocks keep for the backward pass, see model.py
+    pictures: int  # at once
+    recompute: Recompute  # what blocks compute again for the backward pass
 
-    def smaller(self, training: TrainingConfig) -> "Cut | None":
+    def smaller(self, training: TrainingConfig) -> "MicroBatch | None":
         """What to try where this one ran out of memory; None where nothing is left that the config allows."""
-        if self.keep == "all":
-            return Cut(self.pictures, "products")
+        if self.recompute == "none":
+            return MicroBatch(self.pictures, "selective")
         if self.pictures > 1:
-            return Cut(math.ceil(self.pictures / 2), self.keep)
-        if training.gradient_checkpointing == "auto" and self.keep == "products":
-            return Cut(1, "input")
+            return MicroBatch(math.ceil(self.pictures / 2), self.recompute)
+        if training.gradient_checkpointing == "auto" and self.recompute == "selective":
+            return MicroBatch(1, "full")
         return None
 
 
-def choose_cut(
+def choose_micro_batch(
     training: TrainingConfig,
     share: int,  # pictures of a batch that this process has
     limit: float,  # bytes for the state and a step
-    needs: Callable[[str], Footprint],  # of what blocks keep
-) -> Cut:
+    needs: Needs,
+) -> MicroBatch:
     """What the config says, and where it says auto:
 
     blocks are recomputed from their input only where fewer than 8 pictures (or the micro-batch asked for, or the
     share) would fit otherwise; the micro-batch is the largest that then fits, or somewhat smaller where that cuts equal
-    pieces. Blocks that are not recomputed keep all where there is room for it, or else their products.
+    pieces. Blocks that are not recomputed from their input are so selectively, or not at all where there is room.
     """
-    asked, recompute = training.micro_batch_size, training.gradient_checkpointing
-    size = min(share, (ENOUGH if asked == "auto" else asked) or share)
-    if recompute == "auto":
-        recompute = needs("products").largest(limit) < size
-    keep = "input" if recompute else "products"
+    asked, from_input = training.micro_batch_size, training.gradient_checkpointing
+    size = min(share, (MIN_AT_ONCE if asked == "auto" else asked) or share)
+    if from_input == "auto":
+        from_input = needs("selective").largest(limit) < size
+    recompute = "full" if from_input else "selective"
     if asked == "auto":
-        size = equal_pieces(share, needs(keep).largest(limit))
-    if keep == "products" and needs("all").largest(limit) >= size:
-        keep = "all"
-    return Cut(size, keep)
+        size = equal_pieces(share, needs(recompute).largest(limit))
+    if recompute == "selective" and needs("none").largest(limit) >= size:
+        recompute = "none"
+    return MicroBatch(size, recompute)
 
 
 def equal_pieces(share: int, most: int) -> int:
@@ -76,18 +79,18 @@ def equal_pieces(share: int, most: int) -> int:
     return math.ceil(share / count)
 
 
-def needs_of(config: Config, spec: LatentSpec, bf16: bool) -> Callable[[str], Footprint]:
-    """A function: what blocks keep -> the footprint of a training step."""
-    network, sample = network_of(config, spec), (spec.channels, *spec.space)
-    return functools.cache(lambda keep: footprint(network, sample, bf16, config.training.channels_last, keep))
+def count_needs(network: Callable[..., VelocityNetwork], spec: LatentSpec, bf16: bool, channels_last: bool) -> Needs:
+    """Footprints, each counted when it is first asked for; `network` makes one, of `recompute`."""
+    sample = (spec.channels, *spec.space)
+    return functools.cache(lambda recompute: footprint(network, sample, bf16, channels_last, recompute))
 
 
-def reduced(training: TrainingConfig, cut: Cut, share: int) -> str:
+def describe_reduction(training: TrainingConfig, chosen: MicroBatch, share: int) -> str:
     """For the line at the start of a run: what auto had to cut, or nothing."""
     parts = []
-    if training.micro_batch_size == "auto" and cut.pictures < share:
-        parts.append(f", {cut.pictures} pictures at once")
-    if training.gradient_checkpointing == "auto" and cut.keep == "input":
+    if training.micro_batch_size == "auto" and chosen.pictures < share:
+        parts.append(f", {chosen.pictures} pictures at once")
+    if training.gradient_checkpointing == "auto" and chosen.recompute == "full":
         parts.append(", blocks recomputed backwards")
     return "".join(parts)
 
@@ -108,14 +111,14 @@ def print_plan(config: Config, vram: float | None) -> None:
     root = Path(config.data.data_root)
     meta = read_meta(root) or survey(root, config)
     spec = meta.latents if meta else assumed_latents(config)
-    needs = needs_of(config, spec, bf16)
-    limit = USED * (vram * GIB - CONTEXT)
+    needs = count_needs(network_of(config, spec), spec, bf16, config.training.channels_last)
+    limit = USABLE * (vram * GIB - CONTEXT)
     lines = [*_known_lines(config, spec, meta, needs, bf16), *_memory_lines(config, spec, needs, vram, limit)]
-    if needs("input").largest(limit):
+    if needs("full").largest(limit):
         free = replace(config.training, micro_batch_size="auto", gradient_checkpointing="auto")
-        cut = choose_cut(free, config.training.batch_size, limit, needs)
-        recompute = str(cut.keep == "input").lower()
-        flags = f"--set training.micro_batch_size={cut.pictures} --set training.gradient_checkpointing={recompute}"
+        chosen = choose_micro_batch(free, config.training.batch_size, limit, needs)
+        from_input = str(chosen.recompute == "full").lower()
+        flags = f"--set training.micro_batch_size={chosen.pictures} --set training.gradient_checkpointing={from_input}"
         lines.append(f"for {vram:.3g} GiB: {flags}")
     else:
         lines.append(
@@ -136,9 +139,7 @@ def assumed_latents(config: Config) -> LatentSpec:
     return LatentSpec(name, channels, factor, config.data.image_size, [str(number) for number in range(styles)])
 
 
-def _known_lines(
-    config: Config, spec: LatentSpec, meta: StoreMeta | None, needs: Callable[[str], Footprint], bf16: bool
-) -> list[str]:
+def _known_lines(config: Config, spec: LatentSpec, meta: StoreMeta | None, needs: Needs, bf16: bool) -> list[str]:
     """What no card changes."""
     root = config.data.data_root
     if meta:
@@ -152,32 +153,30 @@ def _known_lines(
     return [
         f"{model.type}, D {model.hidden_dim}, N {model.num_layers}, {precision}; "
         f"latents {shown((spec.channels, *spec.space))} of {len(spec.styles)} styles, {source}",
-        f"parameters           {needs('input').parameters / 1e6:.2f} M",
+        f"parameters           {needs('full').parameters / 1e6:.2f} M",
         f"latents in memory    {stored}",
     ]
 
 
-def _memory_lines(
-    config: Config, spec: LatentSpec, needs: Callable[[str], Footprint], vram: float, limit: float
-) -> list[str]:
-    """The table: a step, by what blocks keep."""
+def _memory_lines(config: Config, spec: LatentSpec, needs: Needs, vram: float, limit: float) -> list[str]:
+    """The table: a step, by what blocks compute again."""
     batch, asked = config.training.batch_size, config.training.micro_batch_size
     at_once = min(batch, asked if isinstance(asked, int) else batch)
     with torch.device("meta"):
         network = build_model(config, spec)
 
-    def row(name: str, cell: Callable[[str], str]) -> str:
-        return f"{name:30s}" + "".join(f"{cell(keep):>14s}" for keep in ("all", "products", "input"))
+    def row(name: str, cell: Callable[[Recompute], str]) -> str:
+        return f"{name:30s}" + "".join(f"{cell(recompute):>14s}" for recompute in ("none", "selective", "full"))
 
-    def operations(keep: str) -> str:
-        return f"{step_flops(network, batch, spec.space, keep == 'input') / 1e12:.3g} TFLOP"
+    def operations(recompute: Recompute) -> str:
+        return f"{step_flops(network, batch, spec.space, recompute == 'full') / 1e12:.3g} TFLOP"
 
     return [
         "",
-        row("kept for the backward pass", str),
-        row("gradient checkpointing", lambda keep: "on" if keep == "input" else "off"),
+        row("recomputed backwards", str),
+        row("gradient checkpointing", lambda recompute: "on" if recompute == "full" else "off"),
         row(f"operations a step of {batch}", operations),
-        row(f"peak memory, {at_once} at once", lambda keep: f"{needs(keep).peak(at_once) / GIB:.2f} GiB"),
-        row(f"most at once in {vram:.3g} GiB", lambda keep: str(min(batch, needs(keep).largest(limit)))),
+        row(f"peak memory, {at_once} at once", lambda recompute: f"{needs(recompute).peak(at_once) / GIB:.2f} GiB"),
+        row(f"most at once in {vram:.3g} GiB", lambda recompute: str(min(batch, needs(recompute).largest(limit)))),
         "",
     ]

@@ -8,10 +8,10 @@ from torch import nn
 
 from isonext.config import TrainingConfig
 
-WINDOW = 100  # steps whose gradient norms are remembered
-ENOUGH = 50  # of them, before a leap is called one
-LEAP = 10.0  # times their median
-MOST = 20  # steps in a row before the run stops
+MAX_NORMS = 100  # gradient norms that are remembered, those of the last steps taken
+MIN_NORMS = 50  # of them, before one is called a leap
+MAX_LEAP = 10.0  # times their median
+MAX_SKIPPED = 20  # steps in a row, then the run stops
 
 
 def learning_rate(training: TrainingConfig, step: int, total_steps: int) -> float:
@@ -55,13 +55,13 @@ class Guard:
 
     @property
     def has_given_up(self) -> bool:
-        return self.in_a_row >= MOST
+        return self.in_a_row >= MAX_SKIPPED
 
     def passes(self, norm: float) -> bool:
         """Whether to take a step whose gradient has this norm."""
-        limit = LEAP * statistics.median(self.norms) if len(self.norms) >= ENOUGH else math.inf
+        limit = MAX_LEAP * statistics.median(self.norms) if len(self.norms) >= MIN_NORMS else math.inf
         if math.isfinite(norm) and norm <= limit:
-            self.norms = [*self.norms[1 - WINDOW :], norm]
+            self.norms = [*self.norms[1 - MAX_NORMS :], norm]
             self.in_a_row = 0
             return True
         self.skipped += 1

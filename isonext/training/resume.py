@@ -6,7 +6,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isonext.checkpoint import Checkpoint, load_weights
+from isonext.checkpoint import (
+    BEST,
+    INTERRUPTED,
+    Checkpoint,
+    epoch_checkpoints,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+)
 from isonext.config import Config, config_to_dict
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
@@ -17,6 +25,21 @@ FIXED = {  # the rest of the training section may change on the way; the whole m
     "anchor_strength": "the network knows one base",
     "anchor_cells": "the network knows one base",
 }
+
+
+def find_start(folder: Path, resume: str | None) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint that `resume` names, or the folder's "newest"; None where the run starts from the beginning.
+
+    UserError where a new run would write over the checkpoints of another.
+    """
+    if resume is not None:
+        return newest_checkpoint(folder) if resume == "newest" else (Path(resume), load_checkpoint(resume))
+    if epoch_checkpoints(folder) or any((folder / name).exists() for name in (INTERRUPTED, BEST)):
+        raise UserError(
+            f"{folder}: holds the checkpoints of a run; go on with --resume, "
+            "or start another with --set checkpoint.save_dir=FOLDER"
+        )
+    return None
 
 
 def check_resume(checkpoint: Checkpoint, path: Path, config: Config, spec: LatentSpec, store: str) -> list[str]:
@@ -69,9 +92,9 @@ def take_over(
     Returns a line that says what was kept.
     """
     old = checkpoint.latents
-    kept = [style for style in spec.styles if style in old.styles]
-    rows = torch.tensor([spec.styles.index(style) for style in kept] + [len(spec.styles)])  # the null style is last
-    from_rows = torch.tensor([old.styles.index(style) for style in kept] + [len(old.styles)])
+    shared = [style for style in spec.styles if style in old.styles]
+    rows = torch.tensor([spec.styles.index(style) for style in shared] + [len(spec.styles)])  # the null style is last
+    from_rows = torch.tensor([old.styles.index(style) for style in shared] + [len(old.styles)])
     for network, weights in zip(networks, (checkpoint.model, checkpoint.ema), strict=True):
         own, theirs = (
             network.state_dict().get("style.weight"),
@@ -85,8 +108,8 @@ def take_over(
                 raise UserError(f"{path}: has embeddings of {theirs.shape[1]} numbers, the config of {own.shape[1]}")
             weights["style.weight"][rows] = theirs[from_rows].to(own)
         load_weights(network, weights, path)
-    new = [style for style in spec.styles if style not in kept]
+    new = [style for style in spec.styles if style not in shared]
     return (
-        f"weights from {path} at step {checkpoint.step}; styles kept: {', '.join(kept) or 'none'}; "
+        f"weights from {path} at step {checkpoint.step}; styles kept: {', '.join(shared) or 'none'}; "
         f"new: {', '.join(new) or 'none'}"
     )

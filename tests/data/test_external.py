@@ -283,11 +283,12 @@ def test_a_run_trains_on_them_and_resumes_only_on_the_same(root, config, capsys)
     path = run.folder / "stage1_epoch1.pt"
     saved = load_checkpoint(path)
     assert saved.latents.styles == ["0", "1", "2"] and saved.latents.mean == [1.0, 3.0]
-    assert run.step == 2 * (len(run.train) // 4) and torch.isfinite(run.model.state_dict()["style.weight"]).all()
+    assert run.state.step == 2 * (len(run.train) // 4)
+    assert torch.isfinite(run.state.model.state_dict()["style.weight"]).all()
     again = Trainer(config, resume=str(path))
     again.fit(quiet=True)
-    for name, weight in run.model.state_dict().items():
-        assert torch.equal(weight, again.model.state_dict()[name]), name
+    for name, weight in run.state.model.state_dict().items():
+        assert torch.equal(weight, again.state.model.state_dict()[name]), name
     write(root / "latents_rank02_shard000.safetensors", [0, 1, 2] * 3, flip=True)
     with pytest.raises(UserError, match="was trained on other pictures"):
         Trainer(config, resume=str(path))

@@ -1,8 +1,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import ROOT
+from helpers import ROOT, call
 from isonext.config import config_to_dict
 from isonext.data.autoencoder import load_autoencoder
 from isonext.data.preprocess import preprocess
@@ -195,19 +193,12 @@ for point in points:  # each attempt goes on where the one before was killed
 """
 
 
+@pytest.mark.slow
 def test_after_kills_in_the_middle_a_rerun_equals_an_uninterrupted_run(store, make_config, cpu):
     config = make_config(store, {"data.data_root": str(store / "killed")})
     (store / "c.json").write_text(json.dumps(config_to_dict(config)))
-    command = [
-        sys.executable,
-        "-c",
-        KILLED.format(root=str(ROOT)),
-        "--config",
-        str(store / "c.json"),
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (store / "kill.py").write_text(KILLED.format(root=str(ROOT)))
+    done = call(store, store / "kill.py", "--config", "c.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     with pytest.raises(UserError, match="not finished"):
         open_store(store / "killed")

@@ -8,7 +8,7 @@ from isonext.evaluation.metrics import frechet_distance, kernel_distance
 from isonext.evaluation.perceptual import ALEXNET, INCEPTION, Perceptual
 
 
-def pictures(seed: int, count: int = 4, side: int = 64) -> torch.Tensor:
+def pictures(seed: int, count: int = 2, side: int = 64) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -33,11 +33,19 @@ def hub(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def measured(hub, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
-    # torchvision checks the hash of a download in its name, not of a file that is there
-    return Perceptual(64)
+@pytest.fixture(scope="module")
+def measured(hub):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "get_dir", lambda: str(hub))
+        # torchvision checks the hash of a download in its name, not of a file that is there
+        yield Perceptual(64)
+
+
+@pytest.fixture(scope="module")
+def figures(measured):
+    """The figures of some pictures, which take seconds, and what the global generator of seed 3 draws after them."""
+    torch.manual_seed(3)
+    return measured.figures(pictures(0), pictures(1), pictures(2) / 4), torch.rand(1)
 
 
 def test_without_the_weights_each_figure_has_a_line_that_says_where_they_belong(monkeypatch, tmp_path):
@@ -61,26 +69,26 @@ def test_pictures_too_small_for_lpips_are_said_to_be(measured):
     assert "64 px" in Perceptual(32).missing[0]
 
 
-def test_equal_pictures_are_at_no_distance_and_others_are(measured):
+@pytest.mark.slow
+def test_equal_pictures_are_at_no_distance_and_others_are(measured, figures):
     same = measured.figures(pictures(0), pictures(0), pictures(0))
-    assert same["fid"] == pytest.approx(0, abs=1e-3) and same["lpips_to_source"].tolist() == [0] * 4
-    other = measured.figures(pictures(0), pictures(1), pictures(2) / 4)
+    assert same["fid"] == pytest.approx(0, abs=1e-3) and same["lpips_to_source"].tolist() == [0] * 2
+    other, _ = figures
     assert other["fid"] > 0.01 and other["kid"].mean > same["kid"].mean
-    assert other["lpips_to_source"].shape == (4,) and (other["lpips_to_source"] > 0).all()
+    assert other["lpips_to_source"].shape == (2,) and (other["lpips_to_source"] > 0).all()
     assert measured.figures(pictures(0), pictures(1), pictures(2) / 4)["fid"] == other["fid"]  # nothing is left over
 
 
-def test_fid_and_kid_are_the_distances_of_the_networks_features_by_our_own_formulas(measured):
-    made, real = pictures(0), pictures(2) / 4
-    figures = measured.figures(made, pictures(1), real)
-    a, b = (measured.fid.inception(perceptual._bytes(each)).double() for each in (made, real))
+@pytest.mark.slow
+def test_fid_and_kid_are_the_distances_of_the_networks_features_by_our_own_formulas(measured, figures):
+    figures, _ = figures
+    sides = (pictures(0), pictures(2) / 4)
+    a, b = (measured.fid.inception(perceptual._bytes(side)).double() for side in sides)
     assert figures["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-3)
     assert figures["kid"].mean == pytest.approx(kernel_distance(a, b), rel=1e-3)  # every subset is the whole set
 
 
-def test_the_global_generator_is_left_as_it_was(measured):
+@pytest.mark.slow
+def test_the_global_generator_is_left_as_it_was(figures):
     torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    measured.figures(pictures(0), pictures(1), pictures(2))
-    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(torch.rand(1), figures[1])

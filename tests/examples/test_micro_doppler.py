@@ -436,13 +436,14 @@ def test_a_classifier_is_a_function_of_its_seed():
 #                                  The pipeline                                 #
 #################################################################################
 
-TINY = ["--users", "2", "--recordings", "3", "--held_out", "1", "--set", "data.image_size=32"]
+TINY = ["--users", "2", "--recordings", "3", "--held_out", "1", "--set", "data.image_size=16"]
 TINY += ["--set", "model.hidden_dim=24", "--set", "model.num_layers=1", "--set", "training.compile=false"]
 TINY += ["--set", "training.stage1_epochs=2", "--set", "training.batch_size=8", "--set", "training.num_workers=0"]
 TINY += ["--set", "data.val_fraction=0.34"]
 PIPELINE = "examples/micro_doppler/run_pipeline.py"
 
 
+@pytest.mark.slow
 def test_the_pipeline_makes_pictures_of_every_user_and_measures_them(tmp_path):
     done = call(tmp_path, PIPELINE, "--quick", *TINY)
     assert done.returncode == 0, done.stderr
@@ -456,6 +457,7 @@ def test_the_pipeline_makes_pictures_of_every_user_and_measures_them(tmp_path):
     assert train and val and not train & val and not meta["flip"]
 
 
+@pytest.mark.slow
 def test_the_pipeline_stops_at_the_first_command_that_fails(tmp_path):
     done = call(tmp_path, PIPELINE, "--quick", *TINY, "--set", "data.image_size=48")
     refused((done.returncode, done.stdout, done.stderr), "--size 48")

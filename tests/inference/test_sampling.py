@@ -10,7 +10,7 @@ from PIL import Image
 from helpers import CHECKPOINT, STUDIO, call, call_within, draw_styles, launch, refused
 from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings, sample
-from isonext.inference.sampling import noise_of
+from isonext.inference.sampling import draw_noise
 from isonext.pipeline import load_pipeline
 from isonext.utils.seeding import seeded
 
@@ -57,17 +57,17 @@ def test_guidance_keeps_to_its_interval_and_the_grid_is_shifted():
     assert seen == [(0.0, 1), (0.5, 2), (0.75, 2), (0.9, 2)]
 
 
-def test_a_sample_has_noise_of_its_own():
+def test_a_sample_has_draw_noise_its_own():
     class Some:
         base = Base()
 
         class spec:
             channels, space = 3, (2, 2)
 
-    both, _ = noise_of(Some, 7, [5, 6])
-    assert torch.equal(both[1], noise_of(Some, 7, [6])[0][0]) and not torch.equal(both[0], both[1])
+    both, _ = draw_noise(Some, 7, [5, 6])
+    assert torch.equal(both[1], draw_noise(Some, 7, [6])[0][0]) and not torch.equal(both[0], both[1])
     assert torch.equal(both[0], torch.randn(3, 2, 2, generator=seeded(7, "sample", 5)))
-    assert not torch.equal(both, noise_of(Some, 8, [5, 6])[0])
+    assert not torch.equal(both, draw_noise(Some, 8, [5, 6])[0])
 
 
 #################################################################################

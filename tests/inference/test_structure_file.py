@@ -39,7 +39,7 @@ def assert_same(one: Structure, other: Structure) -> None:
         for part in ("position", "defect"):
             a, b = (getattr(getattr(structure, end), part) for structure in (one, other))
             assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b)
-    for name in ("source", "target", "how", "size", "original", "bits"):
+    for name in ("source", "target", "settings", "size", "original", "bits"):
         assert getattr(one, name) == getattr(other, name)
 
 

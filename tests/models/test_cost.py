@@ -44,14 +44,14 @@ def measured_peak(model: IsoNext, side: int, pictures: int, bf16: bool, channels
     return most
 
 
-@pytest.mark.parametrize("keep", ["all", "products", "input"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("bf16", "channels_last"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize(("name", "side", "pictures"), [("small", 16, 6), ("deep", 8, 16), ("wide", 24, 3)])
-def test_the_estimate_is_what_a_real_step_takes(name, side, pictures, bf16, channels_last, keep):
+def test_the_estimate_is_what_a_real_step_takes(name, side, pictures, bf16, channels_last, recompute):
     network = SIZES[name] | {"num_styles": 2}
-    model = IsoNext(**network, keep=keep)
+    model = IsoNext(**network, recompute=recompute)
     estimate = footprint(
-        partial(IsoNext, **network), (network["latent_channels"], side, side), bf16, channels_last, keep
+        partial(IsoNext, **network), (network["latent_channels"], side, side), bf16, channels_last, recompute
     )
     assert estimate.state == sum(5 * 4 * parameter.numel() for parameter in model.parameters())
     expected = measured_peak(model, side, pictures, bf16, channels_last)
@@ -61,11 +61,11 @@ def test_the_estimate_is_what_a_real_step_takes(name, side, pictures, bf16, chan
 def test_a_network_that_is_not_on_a_cpu_takes_as_much(monkeypatch):
     """The depthwise convolution has a gradient of its own on a CPU; elsewhere PyTorch's saves as many bytes."""
     network = SIZES["deep"] | {"num_styles": 2}
-    for keep in ("all", "products", "input"):
-        own = footprint(partial(IsoNext, **network), (12, 16, 16), True, True, keep)
+    for recompute in ("none", "selective", "full"):
+        own = footprint(partial(IsoNext, **network), (12, 16, 16), True, True, recompute)
         with monkeypatch.context() as patch:
             patch.setattr(DepthwiseConv, "forward", torch.nn.Conv2d.forward)
-            plain = footprint(partial(IsoNext, **network), (12, 16, 16), True, True, keep)
+            plain = footprint(partial(IsoNext, **network), (12, 16, 16), True, True, recompute)
         assert own.picture == pytest.approx(plain.picture, rel=0.02)
 
 
@@ -74,7 +74,7 @@ def test_counting_neither_takes_memory_nor_draws_random_numbers():
     expected = torch.rand(1)
     torch.manual_seed(3)
     network = partial(IsoNext, latent_channels=4, num_styles=2, hidden_dim=1024, num_layers=4)
-    huge = footprint(network, (4, 512, 512), True, True, "products")
+    huge = footprint(network, (4, 512, 512), True, True, "selective")
     assert huge.peak(64) > 2**40  # 1 TiB, which this machine does not have
     assert torch.equal(torch.rand(1), expected)
 

@@ -8,52 +8,59 @@ import pytest
 import torch
 
 from helpers import call, refused
-from isonext.checkpoint import build_model
+from isonext.checkpoint import build_model, network_of
 from isonext.config import TrainingConfig
 from isonext.models.cost import Footprint, step_flops
 from isonext.training import memory_plan
-from isonext.training.memory_plan import Cut, choose_cut, equal_pieces, needs_of, print_plan, reduced
+from isonext.training.memory_plan import (
+    MicroBatch,
+    choose_micro_batch,
+    count_needs,
+    describe_reduction,
+    equal_pieces,
+    print_plan,
+)
 from model import count_parameters
 
-ALL = Footprint(parameters=0, state=0, fixed=0, picture=20)
-PLAIN = Footprint(parameters=0, state=0, fixed=0, picture=10)
-SAVING = Footprint(parameters=0, state=0, fixed=0, picture=2)
+NONE = Footprint(parameters=0, state=0, fixed=0, picture=20)
+SELECTIVE = Footprint(parameters=0, state=0, fixed=0, picture=10)
+FULL = Footprint(parameters=0, state=0, fixed=0, picture=2)
 
 
-def needs(keep: str) -> Footprint:
-    return {"all": ALL, "products": PLAIN, "input": SAVING}[keep]
+def needs(recompute: str) -> Footprint:
+    return {"none": NONE, "selective": SELECTIVE, "full": FULL}[recompute]
 
 
 @pytest.mark.parametrize(
-    ("micro", "recompute", "share", "limit", "cut"),
+    ("micro", "recompute", "share", "limit", "chosen"),
     [
-        ("auto", "auto", 64, 1280, Cut(64, "all")),  # all of it fits
-        ("auto", "auto", 64, 1279, Cut(64, "products")),
-        (16, False, 64, 320, Cut(16, "all")),
-        ("auto", "auto", 64, 90, Cut(8, "products")),  # 9 fit: enough
-        ("auto", "auto", 64, 80, Cut(8, "products")),
-        ("auto", "auto", 64, 79, Cut(32, "input")),  # 7 fit: too few; 39 with blocks recomputed
-        ("auto", "auto", 4, 45, Cut(4, "products")),  # few, but all there are
-        ("auto", "auto", 64, 1, Cut(1, "input")),  # nothing fits: the step itself will tell
-        ("auto", False, 64, 79, Cut(4, "products")),
-        ("auto", True, 64, 1000, Cut(64, "input")),
-        (16, "auto", 64, 160, Cut(16, "products")),
-        (16, "auto", 64, 159, Cut(16, "input")),
-        (2, "auto", 64, 20, Cut(2, "products")),
-        (100, "auto", 64, 640, Cut(64, "products")),
-        (None, "auto", 64, 639, Cut(64, "input")),
-        (None, False, 64, 1, Cut(64, "products")),  # said, so done
-        (16, True, 64, 1, Cut(16, "input")),
+        ("auto", "auto", 64, 1280, MicroBatch(64, "none")),  # all of it fits
+        ("auto", "auto", 64, 1279, MicroBatch(64, "selective")),
+        (16, False, 64, 320, MicroBatch(16, "none")),
+        ("auto", "auto", 64, 90, MicroBatch(8, "selective")),  # 9 fit: enough
+        ("auto", "auto", 64, 80, MicroBatch(8, "selective")),
+        ("auto", "auto", 64, 79, MicroBatch(32, "full")),  # 7 fit: too few; 39 with blocks recomputed
+        ("auto", "auto", 4, 45, MicroBatch(4, "selective")),  # few, but all there are
+        ("auto", "auto", 64, 1, MicroBatch(1, "full")),  # nothing fits: the step itself will tell
+        ("auto", False, 64, 79, MicroBatch(4, "selective")),
+        ("auto", True, 64, 1000, MicroBatch(64, "full")),
+        (16, "auto", 64, 160, MicroBatch(16, "selective")),
+        (16, "auto", 64, 159, MicroBatch(16, "full")),
+        (2, "auto", 64, 20, MicroBatch(2, "selective")),
+        (100, "auto", 64, 640, MicroBatch(64, "selective")),
+        (None, "auto", 64, 639, MicroBatch(64, "full")),
+        (None, False, 64, 1, MicroBatch(64, "selective")),  # said, so done
+        (16, True, 64, 1, MicroBatch(16, "full")),
     ],
 )
-def test_the_rule_of_auto(micro, recompute, share, limit, cut):
+def test_the_rule_of_auto(micro, recompute, share, limit, chosen):
     training = TrainingConfig(micro_batch_size=micro, gradient_checkpointing=recompute)
-    assert choose_cut(training, share, limit, needs) == cut
+    assert choose_micro_batch(training, share, limit, needs) == chosen
 
 
 def test_nothing_is_counted_where_nothing_is_left_to_choose():
     training = TrainingConfig(micro_batch_size=4, gradient_checkpointing=True)
-    assert choose_cut(training, 64, 0, lambda keep: pytest.fail("counted")) == Cut(4, "input")
+    assert choose_micro_batch(training, 64, 0, lambda recompute: pytest.fail("counted")) == MicroBatch(4, "full")
 
 
 @pytest.mark.parametrize(
@@ -73,18 +80,28 @@ def test_pieces_never_exceed_what_fits_nor_are_twice_as_many_as_needed(share):
 
 def test_what_is_tried_after_running_out_of_memory():
     auto, fixed = TrainingConfig(), TrainingConfig(gradient_checkpointing=False)
-    tried = [Cut(9, "all")]
-    while cut := tried[-1].smaller(auto):
-        tried.append(cut)
-    assert tried == [Cut(9, "all"), *(Cut(n, "products") for n in (9, 5, 3, 2, 1)), Cut(1, "input")]
-    assert Cut(1, "input").smaller(auto) is None and Cut(1, "products").smaller(fixed) is None
-    assert Cut(2, "input").smaller(TrainingConfig(gradient_checkpointing=True)) == Cut(1, "input")
+    tried = [MicroBatch(9, "none")]
+    while smaller := tried[-1].smaller(auto):
+        tried.append(smaller)
+    assert tried == [
+        MicroBatch(9, "none"),
+        *(MicroBatch(n, "selective") for n in (9, 5, 3, 2, 1)),
+        MicroBatch(1, "full"),
+    ]
+    assert MicroBatch(1, "full").smaller(auto) is None and MicroBatch(1, "selective").smaller(fixed) is None
+    assert MicroBatch(2, "full").smaller(TrainingConfig(gradient_checkpointing=True)) == MicroBatch(1, "full")
 
 
 def test_only_what_auto_has_cut_is_said():
-    assert reduced(TrainingConfig(), Cut(64, "products"), 64) == ""
-    assert reduced(TrainingConfig(), Cut(16, "input"), 64) == ", 16 pictures at once, blocks recomputed backwards"
-    assert reduced(TrainingConfig(micro_batch_size=16, gradient_checkpointing=True), Cut(16, "input"), 64) == ""
+    assert describe_reduction(TrainingConfig(), MicroBatch(64, "selective"), 64) == ""
+    assert (
+        describe_reduction(TrainingConfig(), MicroBatch(16, "full"), 64)
+        == ", 16 pictures at once, blocks recomputed backwards"
+    )
+    assert (
+        describe_reduction(TrainingConfig(micro_batch_size=16, gradient_checkpointing=True), MicroBatch(16, "full"), 64)
+        == ""
+    )
 
 
 #################################################################################
@@ -114,6 +131,7 @@ def test_the_plan_of_a_store_has_its_figures(store, make_config, printed, monkey
     assert "40 with mirrored ones" in lines[2] and f"{4 * 40 * 12 * 16 / 2**30:.3g} GiB" in lines[2]
     flops = [step_flops(network, 4, (4, 4), recompute) / 1e12 for recompute in (False, False, True)]
     table = dict(re.match(r"(\S.*?)  +(.*)", line).groups() for line in lines[4:9])
+    assert lines[4].split() == ["recomputed", "backwards", "none", "selective", "full"]
     assert re.findall(r"(\S+) TFLOP", table["operations a step of 4"]) == [f"{value:.3g}" for value in flops]
     assert table["most at once in 8 GiB"].split() == ["4", "4", "4"]
     flags = "--set training.micro_batch_size=4 --set training.gradient_checkpointing=false"
@@ -124,14 +142,14 @@ def test_the_plan_of_a_store_has_its_figures(store, make_config, printed, monkey
 def test_a_small_card_gets_the_flags_that_fit_it(store, make_config, printed, short):
     deep = {"model.num_layers": 8}  # of few blocks, recomputing saves nothing
     spec = memory_plan.read_meta(store / "latents").latents
-    needs = needs_of(make_config(store, deep), spec, True)
-    limit = needs("input").peak(2 if short else 4) * 1.0001
-    vram = (limit / memory_plan.USED + memory_plan.CONTEXT) / memory_plan.GIB
+    needs = count_needs(network_of(make_config(store, deep), spec), spec, True, True)
+    limit = needs("full").peak(2 if short else 4) * 1.0001
+    vram = (limit / memory_plan.USABLE + memory_plan.CONTEXT) / memory_plan.GIB
     asked = {"training.micro_batch_size": 3, "training.gradient_checkpointing": False}
-    cut = choose_cut(TrainingConfig(), 4, limit, needs)
-    assert cut == Cut(2 if short else 4, "input")
+    chosen = choose_micro_batch(TrainingConfig(), 4, limit, needs)
+    assert chosen == MicroBatch(2 if short else 4, "full")
     assert printed(asked | deep, vram)[-1].endswith(
-        f"--set training.micro_batch_size={cut.pictures} --set training.gradient_checkpointing=true"
+        f"--set training.micro_batch_size={chosen.pictures} --set training.gradient_checkpointing=true"
     )
 
 

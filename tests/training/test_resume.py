@@ -26,7 +26,7 @@ def config(store, make_config):
 def started(config) -> Trainer:
     """A run that was stopped after two steps."""
     trainer = Trainer(config())
-    trainer.fit(stop=lambda: trainer.step == 2, quiet=True)
+    trainer.fit(stop=lambda: trainer.state.step == 2, quiet=True)
     return trainer
 
 
@@ -71,7 +71,7 @@ def test_what_may_change_changes_with_a_line(config, started, capsys, key, value
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{key} is now {value}, was {before}"
     assert lines[1].startswith("resumed from ") and len(lines) == 2
-    assert resumed.step == 2
+    assert resumed.state.step == 2
 
 
 def test_nothing_changed_is_no_line(config, started, capsys):
@@ -92,10 +92,10 @@ def test_other_pictures_are_another_run(config, started, store, draw, make_confi
 
 
 def test_what_the_guard_remembers_goes_on(config, started):
-    started.guard.skipped, started.guard.in_a_row = 3, 1
+    started.state.guard.skipped, started.state.guard.in_a_row = 3, 1
     started.save(started.folder / "stage1_interrupted.pt")
     resumed = Trainer(config(), "newest")
-    assert resumed.guard.record == started.guard.record and len(resumed.guard.norms) == 2
+    assert resumed.state.guard.record == started.state.guard.record and len(resumed.state.guard.norms) == 2
 
 
 def other_store(store, draw, make_config, cpu, kind: str) -> dict:
@@ -122,7 +122,7 @@ def other_store(store, draw, make_config, cpu, kind: str) -> dict:
 )
 def test_resume_on_other_latents_is_refused_by_name(config, store, draw, make_config, cpu, kind, message):
     started = Trainer(config())
-    started.fit(stop=lambda: started.step == 2, quiet=True)
+    started.fit(stop=lambda: started.state.step == 2, quiet=True)
     changes = other_store(store, draw, make_config, cpu, kind)
     with pytest.raises(UserError, match=message):
         Trainer(config(changes), "newest")
@@ -149,9 +149,9 @@ def test_known_styles_keep_their_velocity_and_new_ones_are_new(config, started, 
     capsys.readouterr()
     new = Trainer(config(three_styles, "fine"), init=path)
     assert "step 2; styles kept: ink, oil; new: aqua" in capsys.readouterr().out
-    assert (new.step, new.guard.record["norms"]) == (0, [])
+    assert (new.state.step, new.state.guard.record["norms"]) == (0, [])
     x, t = torch.randn(2, new.spec.channels, 4, 4), torch.tensor([0.3, 0.8])
-    for ours, theirs in ((new.model, old.model), (new.ema.model, old.ema.model)):
+    for ours, theirs in ((new.state.model, old.state.model), (new.state.ema.model, old.state.ema.model)):
         for style in ("ink", "oil", None):  # None is the null style
             a, b = (
                 torch.full((2,), len(run.spec.styles) if style is None else run.spec.styles.index(style))

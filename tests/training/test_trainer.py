@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor
 
-from isonext.checkpoint import INTERRUPTED, epoch_checkpoints, load_checkpoint
+from isonext.checkpoint import INTERRUPTED, epoch_checkpoints, load_checkpoint, network_of
 from isonext.config import TrainingConfig
 from isonext.data.dataset import LatentSplit
 from isonext.data.store import LatentSpec
@@ -22,10 +22,12 @@ from isonext.evaluation.metrics import train_style_classifier
 from isonext.flow.base import Base, low_band
 from isonext.training import batches, memory_plan
 from isonext.training import trainer as trainer_module
-from isonext.training.batches import Batch
+from isonext.training.batches import Batch, draw_batch
+from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import read_metrics
-from isonext.training.memory_plan import Cut
-from isonext.training.trainer import Trainer, draw_batch, learning_rate, train
+from isonext.training.memory_plan import MicroBatch
+from isonext.training.optim import learning_rate
+from isonext.training.trainer import Trainer, train
 from model import IsoNext
 
 FOUR_EPOCHS = {"training.stage1_epochs": 4}
@@ -34,7 +36,7 @@ NO_FILES = {"training.save_every_epochs": 100}
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
-    """How sure the judge of validations is matters in none of these tests."""
+    """How well validations tell the styles apart matters in none of these tests."""
     monkeypatch.setattr(evaluator, "train_style_classifier", functools.partial(train_style_classifier, steps=12))
 
 
@@ -48,7 +50,7 @@ def config(store, make_config):
 
 def state(trainer: Trainer) -> dict:
     """A copy of all that a step may change: weights, average, optimizer."""
-    parts = {"model": trainer.model, "ema": trainer.ema.model, "optimizer": trainer.optimizer}
+    parts = {"model": trainer.state.model, "ema": trainer.state.ema.model, "optimizer": trainer.state.optimizer}
     return {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
 
 
@@ -238,7 +240,7 @@ def test_a_step_is_adamw_with_its_rate_and_the_average_follows(config):
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, rate), rtol=1e-2, atol=0)
     averaged = 0.1 * before["ema"]["head.weight"] + 0.9 * after["model"]["head.weight"]
     torch.testing.assert_close(after["ema"]["head.weight"], averaged, rtol=1e-5, atol=1e-9)
-    assert trainer.step == 1 and trainer.guard.skipped == 0
+    assert trainer.state.step == 1 and trainer.state.guard.skipped == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -246,9 +248,9 @@ def test_micro_batches_give_the_same_weights_within_rounding(config, size):
     changes = {"training.use_amp": False, "training.batch_size": 8} | NO_FILES
     runs = [Trainer(config(changes | {"training.micro_batch_size": micro})) for micro in (None, size)]
     for _ in range(3):
-        norms = [trainer.train_step() for trainer in runs]
+        norms = [trainer.train_step().norm for trainer in runs]
         assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-    whole, parts = (trainer.model.state_dict() for trainer in runs)
+    whole, parts = (trainer.state.model.state_dict() for trainer in runs)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
     torch.testing.assert_close(runs[1].quarter_sums, runs[0].quarter_sums, rtol=1e-5, atol=1e-6)
@@ -260,9 +262,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_within_float32_round
     runs = [Trainer(config(changes | {"training.micro_batch_size": micro})) for micro in (None, size)]
     for trainer in runs:
         torch.manual_seed(1)
-        torch.nn.init.normal_(trainer.model.head.weight)  # at zero, nothing behind it would have a gradient
-        trainer.accumulate()
-    whole, parts = (dict(trainer.model.named_parameters()) for trainer in runs)
+        torch.nn.init.normal_(trainer.state.model.head.weight)  # at zero, nothing behind it would have a gradient
+        trainer.gradients.accumulate(0)
+    whole, parts = (dict(trainer.state.model.named_parameters()) for trainer in runs)
     for name in whole:
         error = (parts[name].grad - whole[name].grad).norm() / whole[name].grad.norm()
         assert error < 5e-6, f"{name}: {error}"  # some tens of roundings of 2^-24
@@ -270,15 +272,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_within_float32_round
 
 def test_gradients_are_clipped_to_the_norm_asked_for(config):
     free, bound = (Trainer(config({"training.grad_clip": clip, "training.betas": [0, 0]})) for clip in (0, 1e-9))
-    assert free.train_step() == pytest.approx(bound.train_step(), rel=1e-6) and free.train_step() > 0
+    assert free.train_step().norm == pytest.approx(bound.train_step().norm, rel=1e-6) and free.train_step().norm > 0
     # Clipped far below Adam's epsilon of 1e-8, a step hardly moves; the unclipped one moves by the rate.
-    assert bound.model.head.weight.abs().max() < 0.2 * free.model.head.weight.abs().max()
+    assert bound.state.model.head.weight.abs().max() < 0.2 * free.state.model.head.weight.abs().max()
 
 
 def exchange(trainer: Trainer, latents: np.ndarray | float) -> None:
     """Other training latents from the next step on, which has been drawn already."""
     trainer.train.latents[...] = latents
-    trainer.drawn = None
+    trainer.gradients.drawn = None
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config):
@@ -286,13 +288,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(config):
     trainer.train_step()
     sound, before = trainer.train.latents.copy(), state(trainer)
     exchange(trainer, np.inf)
-    assert not math.isfinite(trainer.train_step())
+    assert not math.isfinite(trainer.train_step().norm)
     assert_same(state(trainer), before)
-    assert (trainer.step, trainer.guard.skipped, trainer.guard.in_a_row) == (2, 1, 1)
+    assert (trainer.state.step, trainer.state.guard.skipped, trainer.state.guard.in_a_row) == (2, 1, 1)
     exchange(trainer, sound)
-    assert math.isfinite(trainer.train_step())
-    assert (trainer.step, trainer.guard.skipped, trainer.guard.in_a_row) == (3, 1, 0)
-    assert not torch.equal(trainer.model.head.weight, before["model"]["head.weight"])
+    assert math.isfinite(trainer.train_step().norm)
+    assert (trainer.state.step, trainer.state.guard.skipped, trainer.state.guard.in_a_row) == (3, 1, 0)
+    assert not torch.equal(trainer.state.model.head.weight, before["model"]["head.weight"])
 
 
 def test_20_such_steps_in_a_row_end_the_run_in_one_line(config):
@@ -302,7 +304,7 @@ def test_20_such_steps_in_a_row_end_the_run_in_one_line(config):
     with pytest.raises(UserError, match=r"not finite, or leapt, in 20 .* step 20; .*learning_rate") as caught:
         trainer.fit(quiet=True)
     assert "\n" not in str(caught.value)
-    assert trainer.step == 20
+    assert trainer.state.step == 20
     assert_same(state(trainer), before)
 
 
@@ -312,12 +314,12 @@ def test_19_in_a_row_do_not_end_the_run_and_are_logged(config, store):
     exchange(trainer, np.inf)
 
     def stop() -> bool:
-        if trainer.step == 19:
+        if trainer.state.step == 19:
             exchange(trainer, sound)
-        return trainer.step == 22
+        return trainer.state.step == 22
 
     trainer.fit(stop, quiet=True)
-    assert (trainer.step, trainer.guard.skipped, trainer.guard.in_a_row) == (22, 19, 0)
+    assert (trainer.state.step, trainer.state.guard.skipped, trainer.state.guard.in_a_row) == (22, 19, 0)
     lines = [line for line in read_metrics(store / "run" / "metrics.jsonl") if "lr" in line]
     assert [line["skipped_steps"] for line in lines] == [*range(1, 20), 19, 19, 19]
     assert all("loss" not in line for line in lines[:19]) and all(line["loss"] > 0 for line in lines[19:])
@@ -339,7 +341,7 @@ class Card:
             if isinstance(x, FakeTensor):  # the memory plan's count, which takes none
                 return real(model, x, t, style)
             training = torch.is_grad_enabled()
-            limit = room_recomputing if model.keep == "input" and room_recomputing else room
+            limit = room_recomputing if model.recompute == "full" and room_recomputing else room
             self.seen += [len(x)] * training
             if not training or len(x) <= limit:
                 return real(model, x, t, style)
@@ -384,7 +386,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_run_is_that_of_the_smaller
 
 def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones_left(config, monkeypatch):
     small, halved = (Trainer(config(EIGHT | {"training.micro_batch_size": size})) for size in (2, 4))
-    real, calls = halved.losses, []
+    real, calls = halved.gradients.losses, []
 
     def losses(network, part):
         calls.append(len(part.t))
@@ -392,7 +394,7 @@ def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(network, part)
 
-    monkeypatch.setattr(halved, "losses", losses)
+    monkeypatch.setattr(halved.gradients, "losses", losses)
     assert [small.train_step() for _ in range(3)] == [halved.train_step() for _ in range(3)]
     assert calls == [4] * 4 + [2] * 12
     assert_same(state(small), state(halved))
@@ -408,7 +410,7 @@ def test_at_one_picture_blocks_are_recomputed_where_that_is_left_to_the_program(
         "out of memory in a micro-batch of 2: going on with 1",
         "out of memory in a micro-batch of 1: going on with blocks that keep their input alone",
     ]
-    assert trainer.model.keep == "input" and card.seen == [2, 2, 1] + [1] * 8
+    assert trainer.state.model.recompute == "full" and card.seen == [2, 2, 1] + [1] * 8
 
 
 @pytest.mark.parametrize(("recompute", "sizes"), [(False, [2, 2, 1]), (True, [2, 1]), ("auto", [2, 2, 1, 1])])
@@ -418,7 +420,7 @@ def test_where_nothing_is_left_to_cut_the_error_stands(config, monkeypatch, reco
     trainer = Trainer(config(EIGHT | changes))
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train_step()
-    assert card.seen == sizes and trainer.step == 0
+    assert card.seen == sizes and trainer.state.step == 0
 
 
 def test_of_several_processes_none_begins_again_by_itself(config, monkeypatch):
@@ -432,15 +434,15 @@ def test_of_several_processes_none_begins_again_by_itself(config, monkeypatch):
 
 def test_compiling_runs_out_of_memory_and_goes_on_too(config, monkeypatch, capsys):
     use_backend(monkeypatch, "eager")
-    real, sizes = Trainer.losses, []
+    real, sizes = GradientAccumulator.losses, []
 
-    def losses(trainer, network, part):
+    def losses(gradients, network, part):
         sizes.append(len(part.t))
         if len(part.t) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(trainer, network, part)
+        return real(gradients, network, part)
 
-    monkeypatch.setattr(Trainer, "losses", losses)
+    monkeypatch.setattr(GradientAccumulator, "losses", losses)
     trainer = Trainer(config(EIGHT | {"training.compile": True}))
     said = capsys.readouterr().out
     assert "going on with 4" in said and "does not work here" not in said
@@ -451,15 +453,15 @@ def test_compiling_runs_out_of_memory_and_goes_on_too(config, monkeypatch, capsy
 def test_auto_cuts_a_batch_that_does_not_fit_and_says_so_in_the_first_line(config, monkeypatch, capsys):
     deep = EIGHT | {"model.num_layers": 8, "training.stage1_epochs": 1}  # of few blocks, recomputing saves nothing
     whole = train(config(deep, "whole"), quiet=True)
-    assert "at once" not in capsys.readouterr().out and whole.cut == Cut(8, "all")
-    needs = memory_plan.needs_of(whole.config, whole.spec, whole.bf16)
-    for limit, cut, said in (
-        (needs("all").peak(7), Cut(8, "products"), ""),
-        (needs("products").peak(7), Cut(8, "input"), ", blocks recomputed backwards"),
-        (needs("input").peak(5), Cut(4, "input"), ", 4 pictures at once, blocks recomputed backwards"),
+    assert "at once" not in capsys.readouterr().out and whole.gradients.micro_batch == MicroBatch(8, "none")
+    needs = memory_plan.count_needs(network_of(whole.config, whole.spec), whole.spec, whole.bf16, True)
+    for limit, chosen, said in (
+        (needs("none").peak(7), MicroBatch(8, "selective"), ""),
+        (needs("selective").peak(7), MicroBatch(8, "full"), ", blocks recomputed backwards"),
+        (needs("full").peak(5), MicroBatch(4, "full"), ", 4 pictures at once, blocks recomputed backwards"),
     ):
-        monkeypatch.setattr(trainer_module, "free_bytes", lambda device, limit=limit: limit / memory_plan.USED + 1)
-        assert train(config(deep, f"{limit}"), quiet=True).cut == cut
+        monkeypatch.setattr(trainer_module, "free_bytes", lambda device, limit=limit: limit / memory_plan.USABLE + 1)
+        assert train(config(deep, f"{limit}"), quiet=True).gradients.micro_batch == chosen
         assert capsys.readouterr().out.splitlines()[0].endswith(f"in BF16{said}".replace("BF16", precision(whole)))
 
 
@@ -479,7 +481,7 @@ def test_two_runs_are_equal_bit_for_bit_and_another_seed_is_not(config, changes)
     second = train(config(changes, "b"), quiet=True)
     assert_same(state(first), state(second))
     other = train(config(changes | {"training.seed": 1}, "c"), quiet=True)
-    assert not torch.equal(other.model.head.weight, first.model.head.weight)
+    assert not torch.equal(other.state.model.head.weight, first.state.model.head.weight)
 
 
 def final(folder) -> dict:
@@ -499,7 +501,7 @@ def whole(config, store):
 def test_a_run_that_is_stopped_and_resumed_equals_one_in_one_go(config, store, whole, stop_at, capsys):
     assert whole.steps_per_epoch == 4
     started = Trainer(config(FOUR_EPOCHS))
-    started.fit(stop=lambda: started.step == stop_at, quiet=True)
+    started.fit(stop=lambda: started.state.step == stop_at, quiet=True)
     assert "go on with --resume" in capsys.readouterr().out
     assert load_checkpoint(store / "run" / INTERRUPTED).step == stop_at
     torch.manual_seed(5)
@@ -540,14 +542,14 @@ def test_a_longer_run_at_a_constant_rate_goes_on_from_a_finished_one(config, sto
 def test_resuming_a_finished_run_changes_nothing(config, store, whole):
     before = final(store / "whole")
     again = train(config(FOUR_EPOCHS, "whole"), resume="newest", quiet=True)
-    assert again.step == 16
+    assert again.state.step == 16
     assert_same(state(again), state(whole))
     assert_same(final(store / "whole"), before)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(config, store, capsys):
     trainer = train(config(), resume="newest", quiet=True)
-    assert trainer.step == 8
+    assert trainer.state.step == 8
     assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().out
 
 
@@ -640,8 +642,8 @@ def test_a_compiled_training_leaves_plain_keys_and_nearly_the_same_weights(confi
     train(config(short | {"training.compile": True}), quiet=True)
     assert used, "it did compile"
     saved = load_checkpoint(store / "run" / "stage1_epoch1.pt")
-    assert list(saved.model) == list(saved.ema) == list(plain.model.state_dict())
-    for name, value in plain.model.state_dict().items():
+    assert list(saved.model) == list(saved.ema) == list(plain.state.model.state_dict())
+    for name, value in plain.state.model.state_dict().items():
         torch.testing.assert_close(saved.model[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -691,10 +693,10 @@ def test_a_missing_checkpoint_and_a_missing_store_are_one_line(config, store):
 def test_a_diverged_network_costs_the_preview_and_not_the_run(config, capsys):
     trainer = Trainer(config())
     with torch.no_grad():
-        trainer.ema.model.head.bias.fill_(math.nan)
-    trainer.ema.update = lambda model, step: None
+        trainer.state.ema.model.head.bias.fill_(math.nan)
+    trainer.state.ema.update = lambda model, step: None
     trainer.fit(quiet=True)
-    assert trainer.step == trainer.total_steps
+    assert trainer.state.step == trainer.total_steps
     assert "no preview" in capsys.readouterr().out
 
 

@@ -16,9 +16,9 @@ from isonext.evaluation import evaluator
 from isonext.evaluation.metrics import train_style_classifier
 from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline
-from isonext.training import trainer as trainer_module
+from isonext.training import validation
 from isonext.training.trainer import Trainer
-from isonext.training.validation import HELD, Judge, some_of_each
+from isonext.training.validation import MAX_TRANSFERRED, TransferFigures, can_be_transferred, pick_by_style
 
 STYLES = ("dark", "light", "middle")
 LEVELS = torch.tensor([-0.8, 0.8, 0.0])  # of grey, by which the styles differ and nothing else
@@ -57,45 +57,45 @@ class Shift(torch.nn.Module):
         return self.levels[style].view(-1, 1, 1, 1) * self.grey.expand(len(x), -1, *x.shape[2:])
 
 
-def judge(levels: torch.Tensor, counts=(8, 8, 8)) -> Judge:
+def measure(levels: torch.Tensor, counts=(8, 8, 8)) -> dict[str, float]:
     known, held = split((40, 40, 40), 0), split(counts, 1)
     pipeline = Pipeline(Shift(levels), load_autoencoder("dct:f4c48", CPU), known.spec, CPU, bf16=False)
-    return Judge(pipeline, known, held, TransferSettings(num_steps=2))
+    return TransferFigures(pipeline, known, held, TransferSettings(num_steps=2)).measure()
 
 
 def test_a_perfect_transfer_has_the_style_and_its_score_is_by_the_formula():
-    numbers = judge(LEVELS)()
+    numbers = measure(LEVELS)
     assert numbers["val_style_success"] == 1
     assert numbers["val_score"] == math.sqrt(numbers["val_ssim"])
     assert 0 < numbers["val_ssim"] < 1  # SSIM also sees the mean, which has to change
 
 
 def test_a_network_that_does_nothing_keeps_the_picture_and_scores_nothing():
-    numbers = judge(torch.zeros(3))()
+    numbers = measure(torch.zeros(3))
     assert (numbers["val_style_success"], numbers["val_score"]) == (0, 0)
     assert numbers["val_ssim"] == pytest.approx(1, abs=1e-5)
     assert numbers["val_leakage"] > 0.9  # the picture's own level is still there
 
 
 def test_leakage_is_less_where_the_structure_has_lost_the_style():
-    assert judge(LEVELS)()["val_leakage"] < 0.7 < judge(torch.zeros(3))()["val_leakage"]
+    assert measure(LEVELS)["val_leakage"] < 0.7 < measure(torch.zeros(3))["val_leakage"]
 
 
 def test_too_few_pictures_for_a_probe_leave_the_leakage_out():
-    assert "val_leakage" not in judge(LEVELS, (4, 8, 8))()
+    assert "val_leakage" not in measure(LEVELS, (4, 8, 8))
 
 
 @pytest.mark.parametrize(("counts", "answer"), [((1, 1, 1), True), ((0, 3, 3), False), ((0, 0, 0), False)])
-def test_it_judges_only_where_every_style_has_held_out_pictures(counts, answer):
-    assert Judge.can_judge(split(counts, 0)) is answer
+def test_there_are_figures_only_where_every_style_has_held_out_pictures(counts, answer):
+    assert can_be_transferred(split(counts, 0)) is answer
 
 
 def test_the_handful_is_spread_over_styles_and_the_whole_split():
-    some = some_of_each(split((100, 5, 3), 0), 4)
-    assert [len(some[style]) for style in STYLES] == [4, 3, 3]
-    everything = split((100, 5, 3), 0)
-    assert torch.equal(some["dark"], everything.batch(torch.tensor([0, 25, 50, 75]))[0])
-    assert HELD >= 2 * 5  # two styles have enough for the probe
+    picked = pick_by_style(split((100, 5, 3), 0), 4)
+    assert [len(picked[style]) for style in STYLES] == [4, 3, 3]
+    whole = split((100, 5, 3), 0)
+    assert torch.equal(picked["dark"], whole.batch(torch.tensor([0, 25, 50, 75]))[0])
+    assert MAX_TRANSFERRED >= 2 * 5  # two styles have enough for the probe
 
 
 #################################################################################
@@ -110,8 +110,9 @@ def scored(store, make_config, monkeypatch):
 
     def fit(scores: list[float], epochs: int, resume: str | None = None) -> Trainer:
         left = iter(scores)
-        monkeypatch.setattr(trainer_module, "Judge", lambda *_: lambda: {"val_score": next(left)})
-        monkeypatch.setattr(trainer_module.Judge, "can_judge", lambda val: True, raising=False)
+        monkeypatch.setattr(TransferFigures, "__init__", lambda *_: None)
+        monkeypatch.setattr(TransferFigures, "measure", lambda _: {"val_score": next(left)})
+        monkeypatch.setattr(validation, "can_be_transferred", lambda val: True)
         changes = {"checkpoint.save_dir": str(store / "run"), "training.val_every_epochs": 1}
         changes |= {"training.stage1_epochs": epochs, "training.lr_schedule": "constant"}
         run = Trainer(make_config(store, changes), resume)

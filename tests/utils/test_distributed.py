@@ -1,8 +1,9 @@
-"""Two processes, started by the real launchers on CPU (gloo), do what one does; where one of them fails, both end."""
+"""Two processes on CPU (gloo) do what one does; where one of them fails, both end.
+
+`launch` forks them; `launch_by` is for what is about the real launchers, one test for each of the two.
+"""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from benchmarks.kill_resume import SETTING
-from helpers import CHECKPOINT, ROOT, call, draw_styles, launch
+from helpers import CHECKPOINT, ROOT, call, draw_styles, launch, launch_by, start_ranks
 from isonext.checkpoint import epoch_checkpoints, load_checkpoint
 from isonext.data import preprocess as preprocessing
 from isonext.errors import UserError
@@ -104,9 +105,10 @@ def test_only_the_first_process_writes(folder):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_accelerate_launches_the_same_run_and_goes_on_with_what_one_process_began(folder):
     flags = ("--resume", "alone/stage1_epoch2.pt", "--set", "checkpoint.save_dir=from_one")
-    done = launch(folder, "train.py", *flags, launcher="accelerate")
+    done = launch_by("accelerate", folder, "train.py", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resumed from alone/stage1_epoch2.pt at step 8") == 1
     assert 0 < gap(folder / "alone", folder / "from_one") < ROUNDING
@@ -118,11 +120,12 @@ def test_one_process_goes_on_with_what_two_began(folder):
     assert 0 < gap(folder / "together", folder / "from_two") < ROUNDING
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_resuming_gives_the_same_bits(folder, tmp_path):
     flags = ("--set", "checkpoint.save_dir=killed")
     script = faulty(tmp_path / "kill.py", "train.py", 1, "isonext.training.trainer:Trainer", "train_step", 9, KILL)
     started = time.perf_counter()
-    done = launch(folder, script, *flags)
+    done = launch_by("torchrun", folder, script, *flags)
     assert done.returncode != 0 and time.perf_counter() - started < 60
     (line,) = errors(done)
     assert "process 0 of 2 lost the others" in line and "--resume" in line
@@ -139,26 +142,18 @@ def test_a_killed_process_ends_the_job_and_resuming_gives_the_same_bits(folder, 
     assert gap(folder / "together", folder / "killed") == 0
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_process_ends_the_other_even_without_a_launchers_help(folder, tmp_path):
     full = "raise OSError(28, 'No space left on device')"
     script = faulty(tmp_path / "full.py", "train.py", 0, "isonext.checkpoint:Checkpoint", "save", 1, full)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), "--set", "checkpoint.save_dir=full"]
-    pair = [
-        subprocess.Popen(
-            command, cwd=folder, env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    (first, said), (second, late) = (process.communicate(timeout=120) for process in pair)
-    assert [process.returncode for process in pair] == [2, 2]
-    assert said.startswith("error: full/") and "could not be written (No space left on device)" in said
-    assert second == "" and late.startswith("error: process 1 of 2 lost the others") and late.count("\n") == 1
-    assert "parameters" in first and not list((folder / "full").glob("*.pt"))
+    pair = start_ranks(folder, script, "--set", "checkpoint.save_dir=full")
+    first, second = (rank.finish(timeout=120) for rank in pair)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.stderr.startswith("error: full/")
+    assert "could not be written (No space left on device)" in first.stderr
+    assert second.stdout == "" and second.stderr.count("\n") == 1
+    assert second.stderr.startswith("error: process 1 of 2 lost the others")
+    assert "parameters" in first.stdout and not list((folder / "full").glob("*.pt"))
 
 
 #################################################################################
@@ -183,11 +178,13 @@ def test_two_processes_write_the_same_store_as_one_even_after_a_kill(studio, tmp
         tmp_path / "kill.py", "preprocess_latents.py", 1, "isonext.data.preprocess", "write_latent", 5, KILL
     )
     killed = launch(tmp_path, script, *flags)
-    assert killed.returncode != 0 and "exitcode: -9" in killed.stderr
+    assert killed.returncode != 0 and "rank 1 failed first, exitcode -9" in killed.stderr
     assert '"complete": false' in (tmp_path / "two/meta.json").read_text()
 
     two = launch(tmp_path, "preprocess_latents.py", *flags)
-    assert two.returncode != 0 and "exitcode  : 1" in two.stderr and not errors(two)  # a picture was skipped
+    assert (
+        two.returncode != 0 and "rank 0 failed first, exitcode 1" in two.stderr and not errors(two)
+    )  # a picture was skipped
     kept = int(two.stdout.partition(" kept")[0].rpartition(" ")[2])  # of four threads three were at work when it died
     assert 1 <= kept < 38 and f"two: {38 - kept} encoded" in two.stdout
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -240,7 +237,7 @@ def test_two_processes_make_the_same_folder_as_one(studio, within, pictures, tmp
     status, out, err = within("inference", *flags, "--output", tmp_path / "one")
     assert status == 1, err
     done = launch(studio, "inference.py", *flags, "--output", tmp_path / "two")
-    assert done.returncode != 0 and "exitcode  : 1" in done.stderr and not errors(done)
+    assert done.returncode != 0 and "rank 0 failed first, exitcode 1" in done.stderr and not errors(done)
     assert "11 made" in done.stdout and contents(tmp_path / "one") == contents(tmp_path / "two")
     said, alone = (
         [line for line in text.splitlines() if line.startswith(("certificate", "skipped", "cold"))]

@@ -1,8 +1,6 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import ROOT
+from helpers import ROOT, call
 from isonext.errors import UserError
 from isonext.utils.io import load_data, natural_order, remove_unfinished, written_whole
 
@@ -46,13 +44,14 @@ def test_a_block_that_succeeds_puts_the_whole_new_content_in_place(tmp_path):
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "entry.bin"
     path.write_bytes(b"old" * 1000)
-    code = (
+    script = tmp_path.with_suffix(".py")
+    script.write_text(
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); from isonext.utils.io import written_whole\n"
         f"with written_whole({str(path)!r}) as beside:\n"
         "    file = open(beside, 'wb'); file.write(b'new' * 500); file.flush()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert call(tmp_path, script).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old" * 1000
     assert len(list(tmp_path.iterdir())) == 2, "the half-written file lies beside, under another name"
     (tmp_path / ".hidden").touch()

@@ -26,7 +26,7 @@ from textflow.heads import HeadConfig, Heads, usage
 from textflow.loop import Schedule, fit
 from textflow.model import TextModel, load_part, save_part
 
-CLEAN = 0.1  # weight of the squared error to the clean latents
+CLEAN_WEIGHT = 0.1  # of the squared error to the clean latents
 WHAT = "text head"
 
 
@@ -43,6 +43,16 @@ class HeadRun:
     save_interval: int = 2000
     seed: int = 0
 
+    def training(self, steps: int) -> TrainingConfig:
+        """No average (decay 0): a mean of codebooks, whose codes have changed places, is none."""
+        return TrainingConfig(
+            batch_size=self.batch_size,
+            learning_rate=self.lr,
+            ema_decay=0.0,
+            seed=self.seed,
+            warmup_steps=min(100, steps // 10),
+        )
+
 
 def guess(model: TextModel, x1: Tensor, style: Tensor, generator: torch.Generator) -> Tensor:
     """The flow's x1_hat (B, 64, L) of clean latents x1 of classes `style`, each at a time of its own."""
@@ -54,12 +64,12 @@ def guess(model: TextModel, x1: Tensor, style: Tensor, generator: torch.Generato
 
 
 def losses(model: TextModel, heads: Heads, texts: list[str], x1: Tensor, x1_hat: Tensor) -> tuple[Tensor, dict, tuple]:
-    """The loss, its parts for the log, and (outputs, codes) for the codebook's keeping."""
-    made = heads(x1_hat)
-    words = model.cross_entropy(made.latents, texts)
-    clean = F.mse_loss(made.latents, x1)
-    numbers = {"cross_entropy": words.item(), "mse": clean.item(), "vq": made.vq_loss.item()}
-    return words + CLEAN * clean + made.vq_loss, numbers, (made.outputs.detach(), made.codes)
+    """The loss, its parts for the log, and (outputs, codes), by which the codebook is tended."""
+    result = heads(x1_hat)
+    words = model.cross_entropy(result.latents, texts)
+    clean = F.mse_loss(result.latents, x1)
+    numbers = {"cross_entropy": words.item(), "mse": clean.item(), "vq": result.vq_loss.item()}
+    return words + CLEAN_WEIGHT * clean + result.vq_loss, numbers, (result.outputs.detach(), result.codes)
 
 
 def train_head(
@@ -68,14 +78,6 @@ def train_head(
     """Train; writes folder/best.pt (of all validations, by the loss) and folder/last.pt; returns the last figures."""
     train, val = (model.accept(corpus) for corpus in corpora)
     steps = settings.max_steps or settings.num_epochs * max(1, len(train) // settings.batch_size)
-    # No average (decay 0): a mean of codebooks, whose codes have changed places, is none.
-    training = TrainingConfig(
-        batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        ema_decay=0.0,
-        seed=settings.seed,
-        warmup_steps=min(100, steps // 10),
-    )
     torch.manual_seed(settings.seed)
     heads = Heads(config, model.spec.channels).to(model.device)
     if heads.codebook:
@@ -89,20 +91,21 @@ def train_head(
             numbers |= usage(codes, config.vq_codes) | {"restarted": heads.codebook.restart_dead(outputs, codes)}
         return loss, numbers
 
-    best, figures, started = [float("inf")], {}, time.perf_counter()
+    lowest, figures, started = math.inf, {}, time.perf_counter()
 
-    def evaluate(averaged: Heads, step: int) -> dict[str, float]:
+    def evaluate(_: Heads, step: int) -> dict[str, float]:
+        nonlocal lowest
         figures.update(validate(model, heads.eval(), val, settings))
         figures.update(steps=step, seconds=time.perf_counter() - started, parameters=count_parameters(heads))
         heads.train()
         save_head(folder / "last.pt", model, heads, figures)
-        if figures["val_loss"] < best[0]:
-            best[0] = figures["val_loss"]
+        if figures["val_loss"] < lowest:
+            lowest = figures["val_loss"]
             save_head(folder / "best.pt", model, heads, figures)
         return dict(figures)
 
     schedule = Schedule(steps, settings.log_interval, settings.eval_interval, settings.save_interval)
-    fit(heads, loss_of, training, schedule, folder / "state.pt", evaluate, quiet)
+    fit(heads, loss_of, settings.training(steps), schedule, folder / "state.pt", evaluate, quiet)
     return figures
 
 

@@ -134,8 +134,10 @@ def load_autoencoder(folder: Path) -> tuple[TextAutoencoder, LatentSpec]:
 def make_field(config: FlowConfig, spec: LatentSpec) -> DiT:
     """The core's transformer over a sequence of latents, a token each."""
     shape = dataclasses.asdict(config)
-    # Everything is kept for the backward pass: a step over 8 or 32 tokens is small, and computing it twice is not.
-    return DiT(spec.channels, len(spec.styles), (spec.image_size,), patch_size=1, qk_norm=True, keep="all", **shape)
+    # Nothing is recomputed backwards: a step over 8 or 32 tokens is small in memory, and computing it twice is not.
+    return DiT(
+        spec.channels, len(spec.styles), (spec.image_size,), patch_size=1, qk_norm=True, recompute="none", **shape
+    )
 
 
 def save_flow(folder: Path, config: FlowConfig, field: nn.Module, autoencoder: TextAutoencoder) -> None:

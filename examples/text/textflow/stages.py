@@ -98,23 +98,23 @@ def train_flow(
     torch.manual_seed(training.seed)
     model = make_field(shape.flow, spec).to(device)
 
-    def drawn(corpus: Corpus, network: torch.nn.Module, step: int, drop: float, stream: int) -> Tensor:
+    def mean_loss(corpus: Corpus, network: torch.nn.Module, step: int, drop: float, stream: int) -> Tensor:
         texts, style, generator = corpus.draw(training.batch_size, training.seed + stream, step)
         with torch.no_grad():
             x1 = spec.standardise(autoencoder.encode(texts).mT)
         x0 = torch.randn(x1.shape, generator=generator)
         t = sample_time(len(x1), training.time_sampling, generator)
         style = drop_labels(style, drop, model.null_style, generator)
-        return flow_loss(network, *(each.to(x1.device) for each in (x0, x1, t, style))).mean()
+        return flow_loss(network, *(tensor.to(x1.device) for tensor in (x0, x1, t, style))).mean()
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        return drawn(train, model, step, training.label_drop_prob, 0), {}
+        return mean_loss(train, model, step, training.label_drop_prob, 0), {}
 
     @torch.no_grad()
     def evaluate(averaged: torch.nn.Module, _: int) -> dict[str, float]:
         if not len(val):
             return {}
-        return {"val_loss": sum(drawn(val, averaged, n, 0.0, 1).item() for n in range(4)) / 4}
+        return {"val_loss": sum(mean_loss(val, averaged, n, 0.0, 1).item() for n in range(4)) / 4}
 
     schedule = Schedule(shape.flow_steps, eval_every=max(1, shape.flow_steps // 5))
     averaged = fit(model, loss_of, training, schedule, folder / "flow_state.pt", evaluate, quiet)

@@ -281,6 +281,7 @@ def test_flow_of_another_autoencoder_is_refused(folder, model, tmp_path, command
     refused(command(generate_text, "--model_path", tmp_path / "model"), "its flow is missing", "--stage flow")
 
 
+@pytest.mark.slow
 def test_experiment_tabulates_all_heads_and_goes_on_where_it_stood(folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder / "model", tmp_path / "out/model")
     small = {"text_decoder_head_hidden_dim": 32, "vq_codes": 64}

@@ -1,0 +1,138 @@
+"""What is to be done to every picture: the network opened, its settings resolved, the styles found."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from isonext.config import OF_THE_LEGS, apply_overrides, config_from_dict, config_to_dict, load_config
+from isonext.errors import UserError
+from isonext.flow.certificate import Certificate
+from isonext.flow.transfer import TransferSettings
+from isonext.inference.options import (
+    NetworkOptions,
+    RestyleOptions,
+    SettingsOptions,
+    TargetOptions,
+    TransferOptions,
+)
+from isonext.inference.structure_file import SUFFIX, Structure
+from isonext.pipeline import Pipeline, load_pipeline, transfer_settings
+from isonext.utils.device import allow_tf32, pick_device
+
+COMPILE_FROM = 100  # pictures in a folder that make up for the time that compiling takes
+
+
+@dataclass
+class Target:
+    """A style to make."""
+
+    label: str  # end of its file's name
+    title: str  # of its column in a sheet
+    style: int | Tensor  # an id, or an embedding (1, style_dim) between two
+    is_frame: bool = False  # of an interpolation: frames have a folder to themselves
+
+    def path(self, output: Path) -> Path:
+        """Where it goes, beside the sheet `output`."""
+        folder = output.with_name(f"{output.stem}_frames") if self.is_frame else output.parent
+        return folder / f"{output.stem}_{self.label}{output.suffix}"
+
+
+@dataclass
+class Plan:
+    """A transfer of any number of pictures to one style or several."""
+
+    pipeline: Pipeline
+    source: int
+    targets: list[Target]
+    settings: TransferSettings
+    min_structure: float | None = None
+    compare: bool = False  # also write the picture beside its transfer
+    save_structure: Path | None = None
+    certificate: Certificate | None = None
+
+
+def plan_transfer(options: TransferOptions, pictures: int) -> Plan:
+    """Everything that can be wrong with the options is found here, before the first picture."""
+    pipeline, trained = open_pipeline(options.network, pictures)
+    settings = resolve_settings(options.settings, options.network, trained)
+    source = pipeline.spec.style_id(options.source_style)
+    plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings, options.min_structure)
+    plan.compare, plan.save_structure = options.compare, options.save_structure
+    plan.certificate = Certificate() if options.certify else None
+    if plan.save_structure and plan.save_structure.suffix != SUFFIX:
+        raise UserError(f"--save_structure {plan.save_structure}: give a file name ending in {SUFFIX}")
+    if settings.method == "flowedit" and (options.certify or options.min_structure is not None):
+        raise UserError("--method flowedit has no inversion, so neither --certify nor --min_structure applies to it")
+    if plan.save_structure and settings.method != "alf":
+        raise UserError(f"--save_structure: {settings.method} leaves none that is exact; use --method alf")
+    return plan
+
+
+def plan_restyle(options: RestyleOptions, structure: Structure) -> Plan:
+    """The same for a structure that was kept, whose file says where it came from."""
+    pipeline, trained = open_pipeline(options.network, 1, structure)
+    settings = resolve_settings(options.settings, options.network, trained, structure.settings)
+    source = pipeline.spec.style_id(structure.source)
+    plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings)
+    plan.certificate = Certificate() if options.certify else None
+    return plan
+
+
+def open_pipeline(
+    options: NetworkOptions, pictures: int = 1, structure: Structure | None = None
+) -> tuple[Pipeline, dict]:
+    """The pipeline in the precision asked for (that of a kept structure, if there is one), and its config as a tree."""
+    pipeline, config = load_pipeline(options.checkpoint, pick_device(options.device))
+    precision = structure.bits["precision"] if structure and options.precision == "auto" else options.precision
+    if precision != "auto":
+        pipeline.bf16 = precision == "bf16"
+    allow_tf32(config.training.tf32)
+    pipeline.tile = options.tile or None
+    pays = structure.bits["compiled"] if structure else config.training.compile and pictures >= COMPILE_FROM
+    if options.compile == "on" or (options.compile == "auto" and pays):
+        pipeline.compile()
+    return pipeline, config_to_dict(config)
+
+
+def resolve_settings(
+    options: SettingsOptions,
+    network: NetworkOptions,
+    trained: dict,  # the checkpoint's config
+    legs: TransferSettings | None = None,  # of a kept structure
+) -> TransferSettings:
+    """The checkpoint's (or --config's) inference section, under --set, under the flags; checked like any config.
+
+    A kept structure brings the settings of its legs along; only the guidance of a new generation leg is free.
+    """
+    tree = config_to_dict(load_config(options.config)) if options.config else trained
+    tree = apply_overrides(tree, options.overrides)
+    tree["inference"] |= options.flags
+    inference = config_from_dict(tree, where="inference settings").inference
+    settings = transfer_settings(inference, options.strength, options.seed)
+    if legs:
+        settings = replace(settings, **{name: getattr(legs, name) for name in (*OF_THE_LEGS, "strength", "skip")})
+    if settings.guidance == "null" and settings.cfg_scale != 1 and trained["training"]["label_drop_prob"] == 0:
+        raise UserError(
+            f"{network.checkpoint}: trained with label_drop_prob 0, so it has no null style to guide against; "
+            "use --guidance source or --cfg_scale 1"
+        )
+    if settings.inversion == "fixed_point" and network.precision == "bf16":
+        raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
+    return settings
+
+
+def find_targets(options: TargetOptions, pipeline: Pipeline) -> list[Target]:
+    styles = pipeline.spec.styles
+    if options.interpolate:
+        a, b = (pipeline.spec.style_id(style) for style in options.interpolate)
+        shares = [number / (options.frames - 1) for number in range(options.frames)]
+        digits = len(str(options.frames - 1))
+        return [
+            Target(f"{number:0{digits}}", f"{share:.2f}", pipeline.between(a, b, share), is_frame=True)
+            for number, share in enumerate(shares)
+        ]
+    if options.style == "all" and "all" not in styles:
+        return [Target(style, style, number) for number, style in enumerate(styles)]
+    number = pipeline.spec.style_id(options.style)
+    return [Target(styles[number], styles[number], number)]
