@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from isonext.config import Config, apply_overrides, config_from_dict, config_to_dict
-from isonext.data.store import open_store
+from isonext.data.dataset import open_store
 from isonext.errors import UserError
 from isonext.evaluation.evaluator import Evaluator, Pictures, encode_styles, load_styles
 from isonext.evaluation.perceptual import Perceptual
