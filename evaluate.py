@@ -1,9 +1,10 @@
 """Measure a checkpoint on held-out pictures: is the style right, is the picture still the same.
 
-python evaluate.py --checkpoint checkpoints/stage1_epoch200.pt --data raw_data/test --pairs --output report/
+python evaluate.py --checkpoint checkpoints/stage1_epoch200.pt --data test_data --pairs --output report/
 
-`--data` holds one folder a style; without it the validation split of the latent store is taken. With `--pairs`, files
-of the same name are the same picture in every style.
+`--data` holds one folder a style, beside `raw_data` and not in it, where it would count as a style; without it the
+validation split of the latent store is taken. With `--pairs`, files of the same name are the same picture in every
+style.
 """
 
 import argparse
