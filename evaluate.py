@@ -10,6 +10,7 @@ style.
 import argparse
 from pathlib import Path
 
+from isonext.evaluation.options import EvaluateOptions
 from isonext.utils.cli import add_device_flags, new_parser, run
 
 
@@ -47,7 +48,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     from isonext.evaluation.sweep import evaluate
 
-    return evaluate(args)
+    return evaluate(
+        EvaluateOptions(
+            checkpoint=args.checkpoint,
+            baselines=tuple(args.baseline),
+            data=args.data,
+            train_data=args.train_data,
+            pairs=args.pairs,
+            output=args.output,
+            overrides=tuple(args.overrides),
+            strength=args.strength,
+            sweep=tuple(args.sweep),
+            quick=args.quick,
+            limit=args.limit,
+            device=args.device,
+        )
+    )
 
 
 if __name__ == "__main__":
