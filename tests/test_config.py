@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import ROOT
+from helpers import ROOT, call_within
+from isonext.checkpoint import load_checkpoint
 from isonext.config import ONLY_OF, Config, apply_overrides, config_from_dict, config_to_dict, load_config
 from isonext.errors import UserError
 
@@ -258,6 +259,28 @@ PRESETS = sorted((ROOT / "configs").rglob("*.json")) + [p for p in [ROOT / "conf
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
 def test_every_config_of_the_repository_loads(path):
     assert load_config(path) == config_from_dict(config_to_dict(load_config(path)))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_no_config_of_the_repository_types_what_is_counted(path):
+    config = load_config(path)
+    assert (config.model.latent_channels, config.model.num_styles, config.data.num_classes) == (None, None, None)
+
+
+def test_three_styles_preprocess_and_train_by_the_shipped_config(tmp_path, draw):
+    for style in ("ink", "oil", "water"):
+        for number in range(4):
+            draw(tmp_path / "raw_data" / style / f"{number}.png", seed=number + len(style))
+    small = {
+        "model.hidden_dim": 32, "model.num_layers": 1, "data.image_size": 16, "autoencoder.name": "dct:f4c5",
+        "training.stage1_epochs": 1, "training.batch_size": 4, "training.num_workers": 0, "training.compile": "false",
+    }  # fmt: skip
+    flags = ["--config", ROOT / "config.json", *(f"--set={name}={value}" for name, value in small.items())]
+    for command in ("preprocess_latents", "train"):
+        status, _, err = call_within(tmp_path, command, *flags)
+        assert status == 0, err
+    saved = load_checkpoint(tmp_path / "checkpoints" / "stage1_epoch1.pt")
+    assert saved.latents.styles == ["ink", "oil", "water"] and saved.latents.channels == 5
 
 
 #################################################################################
