@@ -47,3 +47,13 @@ def test_a_file_imports_from_its_own_drawer_and_those_below(path):
 
 def test_the_root_holds_the_network_and_the_commands_alone():
     assert {path.stem for path in ROOT.glob("*.py")} == COMMANDS | {"model"}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_parsers_namespace_ends_in_the_commands(path):
+    names = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    assert "argparse.Namespace" not in names or path == ROOT / "isonext/utils/cli.py"  # which hands it to `main`
