@@ -6,7 +6,7 @@ An `Evaluator` is built once of the training and the test pictures; it then meas
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, permutations
 from pathlib import Path
@@ -22,6 +22,7 @@ from isonext.evaluation.metrics import (
     StyleClassifier,
     bootstrap,
     edge_f1,
+    estimate,
     frechet_distance,
     kernel_estimate,
     lab_distance,
@@ -31,6 +32,7 @@ from isonext.evaluation.metrics import (
     psnr,
     retrieval,
     self_similarity_distance,
+    share,
     sliced_wasserstein,
     ssim,
     train_style_classifier,
@@ -61,7 +63,7 @@ class Direction:
     @functools.cached_property
     def figures(self) -> dict[str, Estimate | float | int]:
         """What is reported: a value a picture as its mean with an interval."""
-        return {name: bootstrap(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
+        return {name: estimate(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
 
 
 @dataclass
@@ -85,12 +87,21 @@ class Evaluation:
             return None
         if not all(isinstance(value, Tensor) for value in values):
             return sum(value.mean if isinstance(value, Estimate) else value for value in values) / len(values)
-        by_picture = defaultdict(list)
-        for direction, value in zip(self.directions, values, strict=True):
-            for name, number in zip(direction.names, value.tolist(), strict=True):
-                by_picture[name if self.paired else (direction.source, name)].append(number)
-        means = [sum(numbers) / len(numbers) for numbers in by_picture.values()]
-        return bootstrap(torch.tensor(means, dtype=torch.float64))
+        means = torch.tensor(list(self.by_picture(figure).values()), dtype=torch.float64)
+        return share(means) if all(value.dtype == torch.bool for value in values) else bootstrap(means)
+
+    def by_picture(self, figure: str) -> dict[Hashable, float]:
+        """A figure that has a value a picture: the mean over the picture's transfers, by picture."""
+        numbers = defaultdict(list)
+        for direction in self.directions:
+            for name, number in zip(direction.names, direction.values[figure].tolist(), strict=True):
+                numbers[name if self.paired else (direction.source, name)].append(number)
+        return {picture: sum(values) / len(values) for picture, values in numbers.items()}
+
+    def difference(self, other: "Evaluation", figure: str) -> Estimate:
+        """This evaluation's figure less the other's, picture by picture: what is hard for both cancels."""
+        mine, theirs = self.by_picture(figure), other.by_picture(figure)
+        return bootstrap(torch.tensor([mine[picture] - theirs[picture] for picture in mine], dtype=torch.float64))
 
 
 @dataclass
@@ -165,7 +176,7 @@ class Evaluator:
         self.classifier = _classifier_of(self.train_pictures)
         rebuilt = {style: _decode(pipeline, self.test_latents[style]) for style in self.styles}
         correct = [self.classifier.predict(rebuilt[style]) == number for number, style in enumerate(self.styles)]
-        self.classifier_accuracy = bootstrap(torch.cat(correct))
+        self.classifier_accuracy = share(torch.cat(correct))
         fidelity = [psnr(_stack(test[style]), rebuilt[style]).clamp_max(LOSSLESS) for style in self.styles]
         self.reconstruction_psnr = bootstrap(torch.cat(fidelity))
 
@@ -189,8 +200,14 @@ class Evaluator:
                     results = _decode(pipeline, torch.cat(transferred.latents))
                     result.directions.append(self._direction(source, target, transferred, results))
         if len(structures) > 1 and all(x0 is not None and len(x0) >= 5 for x0 in structures.values()):
-            result.base = base_figures(structures)
+            result.base = base_figures(structures, self._picture_numbers(list(structures)) if self.pairs else None)
         return result
+
+    def _picture_numbers(self, styles: list[str]) -> Tensor:
+        """(N,) for the test pictures of these styles, one after another: equal numbers are one picture."""
+        names = [name for style in styles for name in self.test[style]]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return torch.tensor([numbers[name] for name in names])
 
     def _transfer(
         self, pipeline: Pipeline, settings: TransferSettings, source: str, targets: list[str], quick: bool, bar: tqdm
@@ -290,8 +307,10 @@ class Evaluator:
         }
 
 
-def base_figures(structures: dict[str, Tensor]) -> dict[str, Estimate | float]:
+def base_figures(structures: dict[str, Tensor], pictures: Tensor | None = None) -> dict[str, Estimate | float]:
     """How far the structures x0 of all styles are from what they should be: noise that does not tell the style.
+
+    `pictures` (N,) numbers them where some are of one picture in several styles.
 
     `leakage` is the accuracy of a linear probe for the source style (chance is best) on x0 and its square, pooled to
     4 x 4; `low_band` the mean power below a quarter of the highest frequency over that of all (1 for white noise).
@@ -305,7 +324,7 @@ def base_figures(structures: dict[str, Tensor]) -> dict[str, Estimate | float]:
     varying = torch.ones_like(low)
     low[0, 0] = varying[0, 0] = False  # the mean has a figure of its own
     return {
-        "leakage": bootstrap(probe_accuracy(pooled, labels)),
+        "leakage": share(probe_accuracy(pooled, labels, pictures)),
         "leakage_chance": max(len(part) for part in structures.values()) / len(x0),
         "mean": x0.mean().item(),
         "deviation": x0.std().item(),

@@ -3,6 +3,7 @@
 Pixels are (B, 3, H, W) in [-1, 1] throughout.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over pictures with its 95 % bootstrap interval."""
+    """A figure with its 95 % interval; its ends are NaN where there are too few pictures for one."""
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        ends = "no interval" if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
+        return f"{self.mean:.3f} [{ends}]"
 
 
 #################################################################################
@@ -190,7 +192,8 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 128, patches: in
     for scale in (scale for scale in (1, 2, 4) if smallest // scale >= 7):
         small = [F.avg_pool2d(pixels, scale) for pixels in (a, b)]
         count = min(patches, *(len(part) * (part.shape[2] - 6) * (part.shape[3] - 6) for part in small))
-        sets = [_random_patches(part, count, seed) for part in small]  # the same places in sets of one size
+        # Places of their own: in sets of one size, the same ones would find pairs of pictures closer than sets.
+        sets = [_random_patches(part, count, seed + number) for number, part in enumerate(small)]
         directions = F.normalize(torch.randn(sets[0].shape[1], projections, generator=generator), dim=0)
         ordered = [(points @ directions).sort(0).values for points in sets]
         distances.append((ordered[0] - ordered[1]).square().mean().sqrt().item())
@@ -260,26 +263,33 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """Unbiased squared MMD of features (N, d) under the kernel (x.y / d + 1)^3: Binkowski et al., arXiv:1801.01401."""
+    return kernel_estimate(a, b).mean
+
+
+def kernel_estimate(a: Tensor, b: Tensor, most: int = 2048) -> Estimate:
+    """The kernel distance of features (N, d) and its interval; on `latent_features`: KLD. Of at most `most` rows a set.
+
+    The interval is 1.96 jackknife deviations either way (Efron & Stein, Ann. Statist. 9(3), 1981): the distance anew
+    without each row in turn. Below three rows a set there is none, and its ends are NaN.
+    """
+    a, b = (rows[:: math.ceil(len(rows) / most)].double() for rows in (a, b))
+    n, m = len(a), len(b)
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    n, m = len(a), len(b)
-    within_a = (kernel(a, a).sum() - kernel(a, a).diagonal().sum()) / (n * (n - 1))
-    within_b = (kernel(b, b).sum() - kernel(b, b).diagonal().sum()) / (m * (m - 1))
-    return (within_a + within_b - 2 * kernel(a, b).mean()).item()
-
-
-def kernel_estimate(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int = 0) -> Estimate:
-    """The kernel distance as the mean over random subsets, and where 95 % of them lie; on `latent_features`: KLD."""
-    generator, size = torch.Generator().manual_seed(seed), min(size, len(a), len(b))
-
-    def subset(features: Tensor) -> Tensor:
-        return features[torch.randperm(len(features), generator=generator)[:size]]
-
-    values = torch.tensor([kernel_distance(subset(a), subset(b)) for _ in range(subsets)], dtype=torch.float64)
-    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(values.mean().item(), low, high)
+    inside_a, inside_b = ((k := kernel(x, x)) - k.diagonal().diag_embed() for x in (a, b))
+    across = kernel(a, b)
+    within_a, within_b = inside_a.sum() / (n * (n - 1)), inside_b.sum() / (m * (m - 1))
+    distance = (within_a + within_b - 2 * across.mean()).item()
+    if min(n, m) < 3:
+        return Estimate(distance, math.nan, math.nan)
+    less_a = (inside_a.sum() - 2 * inside_a.sum(1)) / ((n - 1) * (n - 2)) + within_b
+    less_a -= 2 * (across.sum() - across.sum(1)) / ((n - 1) * m)
+    less_b = (inside_b.sum() - 2 * inside_b.sum(1)) / ((m - 1) * (m - 2)) + within_a
+    less_b -= 2 * (across.sum() - across.sum(0)) / ((m - 1) * n)
+    variance = sum((len(less) - 1) * less.var(correction=0).item() for less in (less_a, less_b))
+    return Estimate(distance, distance - 1.96 * variance**0.5, distance + 1.96 * variance**0.5)
 
 
 def nearest_distance(queries: Tensor, among: Tensor) -> Tensor:
@@ -288,23 +298,37 @@ def nearest_distance(queries: Tensor, among: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").amin(1) / a.shape[1] ** 0.5
 
 
-def probe_accuracy(features: Tensor, labels: Tensor, folds: int = 5, seed: int = 0) -> Tensor:
+def probe_accuracy(
+    features: Tensor,  # (N, d)
+    labels: Tensor,  # (N,) int64
+    groups: Tensor | None = None,  # (N,) int64: samples of one group are of one picture; None: no two are
+    folds: int = 5,
+    seed: int = 0,
+) -> Tensor:
     """(N,) bool: does a linear probe, trained on the other folds, tell each sample's label?
 
-    Ridge regression on one-hot labels over standardised features (N, d), its penalty chosen inside each training part.
+    Ridge regression on one-hot labels over standardised features, its penalty chosen inside each training part. A
+    group lies in one fold: a probe that has seen a picture in one style would else tell its others by their content,
+    and name the style that they are not of.
     """
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = shuffled[labels[shuffled].argsort(stable=True)]  # dealt out in turn, so every fold has each label's share
-    hits = torch.zeros(len(labels), dtype=torch.bool)
+    groups = torch.arange(len(labels)) if groups is None else groups.unique(return_inverse=True)[1]
+    count = int(groups.max()) + 1
+    label_of = torch.zeros(count, dtype=labels.dtype).scatter(0, groups, labels)  # any one of a group's
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = shuffled[label_of[shuffled].argsort(stable=True)]  # dealt out in turn, so every fold has each label's share
+    penalties = [0.1, 1.0, 10.0, 100.0, 1000.0]
+    correct = torch.zeros(len(labels), dtype=torch.bool)
+    samples = [(groups == group).nonzero().flatten() for group in order]
     for fold in range(folds):
-        is_test = torch.arange(len(order)) % folds == fold
-        test, train = order[is_test], order[~is_test]
-        inner = train[::4], torch.cat([train[1::4], train[2::4], train[3::4]])
-        penalties = [0.1, 1.0, 10.0, 100.0, 1000.0]
-        scores = [_ridge_hits(features, labels, inner[1], inner[0], value).double().mean() for value in penalties]
+        test = [sample for number, sample in enumerate(samples) if number % folds == fold]
+        train = [sample for number, sample in enumerate(samples) if number % folds != fold]
+        if not test:
+            continue
+        inner = torch.cat(train[::4]), torch.cat(train[1::4] + train[2::4] + train[3::4])
+        scores = [_ridge_hits(features, labels, inner[1], inner[0], penalty).double().mean() for penalty in penalties]
         best = penalties[int(torch.stack(scores).argmax())]
-        hits[test] = _ridge_hits(features, labels, train, test, best)
-    return hits
+        correct[torch.cat(test)] = _ridge_hits(features, labels, torch.cat(train), torch.cat(test), best)
+    return correct
 
 
 def _ridge_hits(features: Tensor, labels: Tensor, train: Tensor, test: Tensor, penalty: float) -> Tensor:
@@ -328,3 +352,18 @@ def bootstrap(values: Tensor, seed: int = 0, resamples: int = 2000) -> Estimate:
     index = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
     low, high = torch.quantile(values[index].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(values.mean().item(), low, high)
+
+
+def share(hits: Tensor) -> Estimate:
+    """The mean of (N,) values from 0 to 1, most of them one or the other, and Wilson's interval of it (J. Am. Stat.
+    Assoc. 22, 1927): resampling knows no doubt where all values are 1, and too little near there."""
+    hits = hits.double().flatten().cpu()
+    n, p, z = len(hits), hits.mean().item(), 1.96
+    centre, reach = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    scale = 1 + z * z / n
+    return Estimate(p, max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale))
+
+
+def estimate(values: Tensor) -> Estimate:
+    """A mean over (N,) pictures with its interval: `share` of yes and no, `bootstrap` of measures."""
+    return share(values) if values.dtype == torch.bool else bootstrap(values)

@@ -52,7 +52,9 @@ SWEEP = (
     ("retrieval", "retrieval"),
     ("SWD", "swd"),
     ("FLD", "fld"),
+    ("FLD of real pictures", "fld_floor"),  # at as few pictures: most of a small set's FLD is its size
 )
+COMPARED = (("style success less the first", "style_success"), ("SSIM less the first", "ssim_to_source"))
 
 
 def report_text(evaluator: Evaluator, results: list[Evaluation]) -> str:
@@ -61,6 +63,7 @@ def report_text(evaluator: Evaluator, results: list[Evaluation]) -> str:
         f"classifier accuracy on held-out pictures (ceiling of style success): {evaluator.classifier_accuracy}",
         f"autoencoder alone (ceiling of every picture-level figure): {evaluator.reconstruction_psnr} dB",
         *(evaluator.perceptual.missing if evaluator.perceptual else ()),
+        *_copies(results[0].directions),
         "",
     ]
     if len(results) > 1:
@@ -78,6 +81,18 @@ def report_text(evaluator: Evaluator, results: list[Evaluation]) -> str:
             f"low-band power {x0['low_band']:.2f} (white noise 1)"
         ]
     return "\n".join(lines)
+
+
+def _copies(directions: list[Direction]) -> list[str]:
+    """A warning for each style of which test pictures are training pictures: their distance to those is zero."""
+    distances = {direction.target: direction.values["nearest_held_out"] for direction in directions}
+    copies = {style: int((nearest == 0).sum()) for style, nearest in distances.items()}
+    return [
+        f"warning: {count} of {len(distances[style])} test pictures of {style} are among its training pictures: no "
+        "figure here is of held-out pictures alone; give others with --data"
+        for style, count in copies.items()
+        if count
+    ]
 
 
 def _table(directions: list[Direction], columns: list[tuple[str, str, str | None]]) -> list[str]:
@@ -98,13 +113,15 @@ def _sweep_table(results: list[Evaluation]) -> list[str]:
     chosen = front([_point(result) for result in results])
     lines = [
         "Means over all directions, intervals over pictures; * is on the front: no other is better in both style "
-        "success and SSIM to source.",
+        "success and SSIM to source. Less the first: differences picture by picture, which two intervals do not tell.",
         "",
-        f"| | setting | {' | '.join(title for title, _ in columns)} | leakage | round trip |",
-        f"|{' --- |' * (4 + len(columns))}",
+        f"| | setting | {' | '.join(title for title, _ in (*columns, *COMPARED))} | leakage | round trip |",
+        f"|{' --- |' * (6 + len(columns))}",
     ]
     for number, result in enumerate(results):
-        cells = " | ".join(_show(result.mean(figure)) for _, figure in columns)
+        values = [result.mean(figure) for _, figure in columns]
+        values += [result.difference(results[0], figure) if number else None for _, figure in COMPARED]
+        cells = " | ".join(map(_show, values))
         differing = [direction.figures.get("round_trip_differing") for direction in result.directions]
         trip = "-" if None in differing else f"{sum(differing)} differ"
         star = "*" if number in chosen else ""
@@ -216,7 +233,14 @@ def _brief(value: Estimate | float | None) -> str:
 
 
 def _plain(figures: dict[str, Estimate | float | int]) -> dict:
-    return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in figures.items()}
+    """As JSON takes it: what is no number, such as the ends of an interval that there is not, is null."""
+
+    def plain(value: Estimate | float | int | None) -> dict | float | int | None:
+        if isinstance(value, Estimate):
+            return {name: plain(part) for name, part in asdict(value).items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: plain(value) for name, value in figures.items()}
 
 
 def _settings(settings: TransferSettings) -> str:

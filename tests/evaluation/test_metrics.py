@@ -16,6 +16,7 @@ from isonext.evaluation.metrics import (
     bootstrap,
     edge_f1,
     edges,
+    estimate,
     frechet_distance,
     kernel_distance,
     kernel_estimate,
@@ -28,6 +29,7 @@ from isonext.evaluation.metrics import (
     retrieval,
     self_similarity,
     self_similarity_distance,
+    share,
     sliced_wasserstein,
     ssim,
     to_lab,
@@ -389,9 +391,12 @@ def test_retrieval_of_an_inverted_picture_or_a_tie_is_no_hit():
 #################################################################################
 
 
-def test_sliced_wasserstein_of_equal_sets_is_zero_even_where_patches_are_drawn():
-    a = pictures(0, count=16, side=40)  # 16 * 34^2 places, more than the 8192 that are drawn
-    assert sliced_wasserstein(a, a.clone()) == 0.0
+def test_sliced_wasserstein_does_not_find_pairs_closer_than_sets():
+    # Two sets of one distribution are as far apart as they are, whether or not their pictures are the same ones.
+    a, b = pictures(0, count=16, side=40), pictures(1, count=16, side=40)  # 16 * 34^2 places: more than are drawn
+    same, other = sliced_wasserstein(a, a.clone()), sliced_wasserstein(a, b)
+    assert 0 < same < 0.05 and other < 0.1
+    assert sliced_wasserstein(a, a + 0.3) > 0.25  # of a shift by 0.3, whose distance is 0.3
 
 
 # Every patch moves by c in the 147 (or 49) values of the shifted channels, so along a direction t of length 1 by
@@ -591,24 +596,42 @@ def test_kernel_distance_of_draws_from_one_distribution_is_zero_on_average():
     assert (draws < 0).any()
 
 
-def test_kernel_estimate_is_the_kernel_distance_where_every_subset_is_everything():
-    a, b = noise(0, (20, 4)).double(), noise(1, (20, 4)).double() + 0.3
-    made, whole = kernel_estimate(a, b, subsets=5), kernel_distance(a, b)
-    assert [made.mean, made.low, made.high] == pytest.approx([whole] * 3)
+def test_kernel_estimate_is_the_kernel_distance_with_the_jackknife_by_hand():
+    a, b = noise(0, (7, 4)).double(), noise(1, (5, 4)).double() + 0.3
+    made = kernel_estimate(a, b)
+    assert made.mean == kernel_distance(a, b)
+    variance = 0.0
+    for rows, distance in ((a, lambda less: kernel_distance(less, b)), (b, lambda less: kernel_distance(a, less))):
+        count = len(rows)
+        without = torch.tensor([distance(torch.cat([rows[:n], rows[n + 1 :]])) for n in range(count)])
+        variance += (count - 1) / count * (without - without.mean()).square().sum().item()
+    assert made.high - made.mean == pytest.approx(1.96 * variance**0.5, rel=1e-6)
+    assert made.mean - made.low == pytest.approx(1.96 * variance**0.5, rel=1e-6)
 
 
-def test_kernel_estimate_is_about_the_kernel_distance_and_spans_its_subsets():
-    a, b = noise(0, (150, 4)).double(), noise(1, (120, 4)).double() + 0.5
-    made = kernel_estimate(a, b, subsets=200, size=30)
-    # The mean of an unbiased estimate over all subsets is that over everything; 95 % of normal values span 3.92
-    # deviations, the mean of 200 deviates by 1 / sqrt(200) of one.
-    assert abs(made.mean - kernel_distance(a, b)) < 5 * (made.high - made.low) / 3.92 / 200**0.5
-    assert made.low < made.mean < made.high
-    assert made == kernel_estimate(a, b, subsets=200, size=30)
-    assert made != kernel_estimate(a, b, subsets=200, size=30, seed=1)
-    # A deviation of an estimate from n samples is about in 1 / sqrt(n), or less where it is all there is.
-    wide = kernel_estimate(a, b, subsets=200, size=10)
-    assert wide.high - wide.low > 1.3 * (made.high - made.low)
+@pytest.mark.parametrize(("count", "shift"), [(30, 0.0), (30, 0.4), (80, 0.0), (80, 0.4)])
+def test_the_interval_of_a_kernel_distance_holds_the_truth_about_95_times_in_100(count, shift):
+    # The truth for N(0, 1) and N(shift, 1): E k = E (x.y / d + 1)^3 over independent x, y, by many draws.
+    def truth(x, y):
+        return ((x * y).sum(1) / 3 + 1).pow(3).mean().item()
+
+    x, x2, y, y2 = noise(9, (4, 400_000, 3)).double()
+    y, y2 = y + shift, y2 + shift
+    exact = truth(x, x2) + truth(y, y2) - 2 * truth(x, y)
+    draws = [kernel_estimate(noise(s, (count, 3)), noise(s + 500, (count, 3)) + shift) for s in range(300)]
+    held = sum(draw.low <= exact <= draw.high for draw in draws) / 300
+    assert held > 0.9  # the subsets of before were all the same set up to 100 pictures: width 0, held 0
+    assert all(draw.low < draw.mean < draw.high for draw in draws)
+
+
+def test_two_rows_have_a_kernel_distance_without_an_interval():
+    made = kernel_estimate(noise(0, (2, 4)), noise(1, (9, 4)))
+    assert math.isfinite(made.mean) and math.isnan(made.low) and str(made).endswith("[no interval]")
+
+
+def test_of_many_rows_a_kernel_distance_takes_some_evenly_spaced():
+    a, b = noise(0, (300, 4)), noise(1, (300, 4)) + 0.5
+    assert kernel_estimate(a, b, most=100) == kernel_estimate(a[::3], b[::3])
 
 
 def test_nearest_distance_is_the_root_mean_square_to_the_nearest():
@@ -741,6 +764,30 @@ def test_the_probe_does_not_see_the_label_it_is_asked_for():
     assert probe_accuracy(twins, labels, folds=60).sum().item() <= 3
 
 
+def test_the_probe_of_paired_pictures_does_not_know_them_from_their_other_style():
+    # Content without any style: a picture's two samples are equal. A probe that has trained on the one says its label
+    # of the other, and is wrong: well below chance.
+    content, labels = 5 * noise(4, (60, 100)).repeat(2, 1), torch.arange(120) // 60
+    pictures = torch.arange(60).repeat(2)
+    low, high = stats.binom.interval(1 - 1e-6, 120, 0.5)
+    assert low <= probe_accuracy(content, labels, pictures).sum().item() <= high
+    assert probe_accuracy(content, labels).double().mean() < 0.2  # what there is to get wrong
+    styled = content + 8.0 * labels[:, None] * (torch.arange(100) < 10)  # and a style is still found
+    assert probe_accuracy(styled, labels, pictures).double().mean() > 0.95
+
+
+def test_the_probe_standardises_by_its_training_part_alone():
+    # A feature that is constant but for the samples that are asked for would, standardised with them, be large there.
+    labels = torch.arange(40) % 2
+    x = noise(3, (40, 3)).double()
+    far = x.clone()
+    far[:, 0] = 1e3 * torch.arange(40)
+    assert torch.equal(
+        probe_accuracy(far * torch.tensor([1.0, 1, 1]), labels),
+        probe_accuracy(far * torch.tensor([1e-6, 1, 1]), labels),
+    )
+
+
 @pytest.mark.parametrize(("features", "signal"), [(4, 0.6), (9, 0.8)])
 def test_the_probe_is_ridge_regression_sample_by_sample(features, signal):
     # As many folds as samples: every one is its own test part, and the order drawn decides the inner split alone.
@@ -836,3 +883,26 @@ def test_rounding_in_a_flat_picture_is_neither_a_layout_nor_a_likeness():
     assert not retrieval(flat[1], torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1).any()
     twins = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1)
     assert not retrieval(twins, twins).any()
+
+
+def test_wilsons_interval_by_hand():
+    # 9 of 10: centre (0.9 + 1.96^2 / 20) / (1 + 1.96^2 / 10), reach 1.96 sqrt(0.9 0.1 / 10 + 1.96^2 / 400) / (...)
+    made = share(torch.tensor([True] * 9 + [False]))
+    assert made.mean == pytest.approx(0.9)
+    assert [made.low, made.high] == pytest.approx([0.5958, 0.9821], abs=1e-4)
+    assert share(torch.ones(20, dtype=torch.bool)).low == pytest.approx(20 / (20 + 1.96**2))
+    assert share(torch.ones(20, dtype=torch.bool)).high == 1.0
+
+
+@pytest.mark.parametrize("truth", [0.9, 0.95, 0.97, 0.99])
+@pytest.mark.parametrize("count", [16, 32, 64])
+def test_wilsons_interval_holds_a_share_near_one_about_95_times_in_100(truth, count):
+    hits = [share(torch.arange(count) < right) for right in range(count + 1)]
+    chances = stats.binom.pmf(range(count + 1), count, truth)
+    held = sum(chance for chance, made in zip(chances, hits, strict=True) if made.low <= truth <= made.high)
+    assert held > 0.9  # the bootstrap's: 0.15 to 0.84 at 16 pictures, and width 0 where all are right
+
+
+def test_an_estimate_of_yes_and_no_is_a_share_and_of_measures_a_bootstrap():
+    hits = torch.tensor([True, True, False])
+    assert estimate(hits) == share(hits) and estimate(hits.double()) == bootstrap(hits)
