@@ -9,6 +9,7 @@ For every method and number of steps, on one batch of pictures of style A, ungui
     back           picture -> structure -> picture, both under A: root mean square and largest error, in deviations of
                    the latents, and PSNR of the decoded pictures
     a-b-a          the transfer run backwards to its picture: root mean square error
+    alone          the same from the transferred latents alone: of alf without the defects of its legs
     transfer error against RK4 with 100 steps in float32: root mean square
     differ         latent elements that a-b-a changes, on the lattice
 
@@ -18,7 +19,7 @@ Then the same transfer error of `alf` for other time grids. Times are of one run
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from isonext.errors import UserError
 from isonext.evaluation.metrics import psnr
 from isonext.flow.certificate import Certificate
 from isonext.flow.solvers import LatticeState
-from isonext.flow.transfer import TransferSettings, latents_of
+from isonext.flow.transfer import Transfer, TransferSettings, latents_of
 from isonext.pipeline import Pipeline, load_pipeline
 from isonext.utils.cli import add_device_flags, new_parser, run
 from isonext.utils.device import allow_tf32, device_name, pick_device
@@ -49,6 +50,7 @@ class Row:
     back_max: float
     back_db: float  # mean over pictures; infinite where nothing is lost
     aba_rms: float
+    alone_rms: float
     transfer_rms: float
     differ: int
     elements: int
@@ -63,12 +65,12 @@ def load_batch(pipeline: Pipeline, folder: Path, count: int) -> tuple[Tensor, tu
     return pipeline.encode(images.to_pixels(torch.stack([images.to_bytes(each) for each in pictures]))), (size, size)
 
 
-def settings(method: str, steps: int, grid: str = "uniform") -> TransferSettings:
+def settings(guidance: TransferSettings, method: str, steps: int, grid: str = "uniform") -> TransferSettings:
+    """Those of a row; `guidance` has what all rows share."""
     method, _, inversion = method.partition("+")
     grid, _, shift = grid.partition(":")
-    return TransferSettings(
-        method, steps, inversion=inversion or "explicit", time_grid=grid, time_shift=float(shift or 1)
-    )
+    inversion, shift = inversion or "explicit", float(shift or 1)
+    return replace(guidance, method=method, num_steps=steps, inversion=inversion, time_grid=grid, time_shift=shift)
 
 
 def rms(x: Tensor) -> float:
@@ -103,9 +105,21 @@ def measure(
         back_max=(back - on_lattice(x1, settings)).abs().max().item(),
         back_db=psnr(pipeline.decode(back, *size), pipeline.decode(on_lattice(x1, settings), *size)).mean().item(),
         aba_rms=rms(latents_of(returned) - on_lattice(x1, settings)),
+        alone_rms=rms(latents_of(pipeline.undo(without_defects(made), a, b, settings)[1]) - on_lattice(x1, settings)),
         transfer_rms=rms(made.latents - reference),
         differ=certificate.differing,
         elements=certificate.elements,
+    )
+
+
+def without_defects(made: Transfer) -> Transfer:
+    """A transfer as its latents alone would have it: whoever has no more than the picture knows no defect."""
+    if not isinstance(made.end, LatticeState):
+        return made
+    return replace(
+        made,
+        start=LatticeState(made.start.position, torch.zeros_like(made.start.defect)),
+        end=LatticeState(made.end.position, torch.zeros_like(made.end.defect)),
     )
 
 
@@ -115,13 +129,16 @@ def on_lattice(x1: Tensor, settings: TransferSettings) -> Tensor:
 
 
 def show(rows: list[Row]) -> None:
-    print("| method | steps | NFE | ms | back rms | back max | back dB | a-b-a rms | transfer error | differ |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| method | steps | NFE | ms | back rms | back max | back dB | a-b-a rms | alone rms | transfer error | differ |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         back = "exact" if row.back_rms == 0 else f"{row.back_rms:.2g}"
         cells = (
             *(row.method, row.steps, row.nfe, f"{row.ms:.0f}", back, f"{row.back_max:.2g}", f"{row.back_db:.1f}"),
-            *(f"{row.aba_rms:.2g}", f"{row.transfer_rms:.3f}", f"{row.differ} of {row.elements}"),
+            *(f"{row.aba_rms:.2g}", f"{row.alone_rms:.2g}", f"{row.transfer_rms:.3f}"),
+            f"{row.differ} of {row.elements}",
         )
         print(f"| {' | '.join(map(str, cells))} |")
 
@@ -134,31 +151,46 @@ def main(args: argparse.Namespace) -> int:
     if config.training.compile:
         pipeline.compile()
 
+    guidance = TransferSettings(cfg_scale=args.cfg_scale, cfg_interval=tuple(args.cfg_interval))
+
     def in_precision(wanted: bool) -> None:
         pipeline.bf16 = wanted
         allow_tf32(config.training.tf32 and wanted)
-        pipeline.transfer(x1, a, b, settings("euler", 1))  # so that compiling is not timed
+        pipeline.transfer(x1, a, b, settings(guidance, "euler", 1))  # so that compiling is not timed
 
     in_precision(False)
-    reference = pipeline.transfer(x1, a, b, settings("rk4", 100)).latents
-    half = pipeline.transfer(x1, a, b, settings("rk4", 50)).latents
+    reference, half = (pipeline.transfer(x1, a, b, settings(guidance, "rk4", steps)).latents for steps in (100, 50))
     rows = []
     for solved in (False, True):  # a solved inversion is float32's
         in_precision(bf16 and not solved)
         chosen = [method for method in args.methods if ("+" in method) is solved]
         for method in tqdm(chosen, desc="methods", disable=None):
-            rows += [measure(pipeline, x1, size, (a, b), settings(method, n), reference) for n in args.steps]
+            rows += [measure(pipeline, x1, size, (a, b), settings(guidance, method, n), reference) for n in args.steps]
     in_precision(bf16)
-    grids = {
-        grid: {n: rms(pipeline.transfer(x1, a, b, settings("alf", n, grid)).latents - reference) for n in (10, 20)}
-        for grid in tqdm(args.grids, desc="grids", disable=None)
-    }
 
+    def grid_error(grid: str, steps: int) -> float:
+        return rms(pipeline.transfer(x1, a, b, settings(guidance, "alf", steps, grid)).latents - reference)
+
+    grids = {grid: {n: grid_error(grid, n) for n in (10, 20)} for grid in tqdm(args.grids, desc="grids", disable=None)}
+    report(args, pipeline, (x1, a, b), rows, grids, rms(half - reference))
+    return 0
+
+
+def report(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    batch: tuple[Tensor, int, int],  # latents, source, target
+    rows: list[Row],
+    grids: dict[str, dict[int, float]],
+    half_rms: float,  # of the reference with half of its steps
+) -> None:
+    (x1, a, b), bf16 = batch, pipeline.bf16
     name, styles = device_name(pipeline.device), pipeline.spec.styles
     precision, mode = "bf16" if bf16 else "fp32", "compiled" if pipeline.compiled else "eager"
-    print(f"{name}; {len(x1)} pictures {styles[a]} -> {styles[b]}, latents {tuple(x1.shape[1:])}, "
+    guided = "unguided" if args.cfg_scale == 1 else f"scale {args.cfg_scale:g} for t in {args.cfg_interval}"
+    print(f"{name}; {len(x1)} pictures {styles[a]} -> {styles[b]}, {guided}, latents {tuple(x1.shape[1:])}, "
           f"{precision} (fixed_point: fp32), {mode}")  # fmt: skip
-    print(f"the reference (RK4, 100 steps, fp32) is {rms(half - reference):.1g} rms from its own 50 steps\n")
+    print(f"the reference (RK4, 100 steps, fp32) is {half_rms:.1g} rms from its own 50 steps\n")
     show(rows)
     print("\n| time grid of alf | transfer error, 10 steps | 20 steps |\n| --- | --- | --- |")
     for grid, errors in grids.items():
@@ -167,8 +199,8 @@ def main(args: argparse.Namespace) -> int:
         row.back_db = min(row.back_db, 999.0)  # JSON has no infinity
     table = [asdict(row) for row in rows]
     result = {"device": name, "pictures": len(x1), "precision": precision, "rows": table}
-    print(json.dumps(result | {"reference_half_rms": rms(half - reference), "grids": grids}))
-    return 0
+    result |= {"cfg_scale": args.cfg_scale, "cfg_interval": args.cfg_interval}
+    print(json.dumps(result | {"reference_half_rms": half_rms, "grids": grids}))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -179,6 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--target_style", default="1", help="id or name")
     parser.add_argument("--pictures", type=int, default=16, help="in the one batch")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20], help="a leg")
+    parser.add_argument("--cfg_scale", type=float, default=1.0, help="guidance of the generation leg")
+    parser.add_argument("--cfg_interval", type=float, nargs=2, default=[0.2, 0.8], help="t where guidance acts")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="to compare")
     parser.add_argument("--grids", nargs="+", default=GRIDS, metavar="KIND:SHIFT", help="time grids for alf")
     parser.add_argument(
