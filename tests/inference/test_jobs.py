@@ -16,7 +16,7 @@ from helpers import CHECKPOINT, call, refused
 from isonext.data import images
 from isonext.evaluation.metrics import ssim
 from isonext.flow.solvers import LATTICE
-from isonext.inference import batch, jobs, structure_file
+from isonext.inference import jobs, structure_file
 from isonext.pipeline import Pipeline, load_pipeline
 
 FROM_COLD = ("--checkpoint", CHECKPOINT, "--source_style", "cold")
@@ -793,7 +793,7 @@ def test_a_result_that_cannot_be_written_is_one_line_for_a_picture_and_for_a_fol
     def full(picture, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(batch.images, "save_picture", full)
+    monkeypatch.setattr(jobs.images, "save_picture", full)
     flags = (*TO_WARM, "--num_steps", "1")
     refused(infer(*flags, "--input", PICTURE, "--output", tmp_path / "x.png"), "No space left", "x.png")
     refused(infer(*flags, "--input", album, "--output", tmp_path / "out"), "No space left", "a.png")

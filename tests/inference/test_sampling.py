@@ -57,7 +57,7 @@ def test_guidance_keeps_to_its_interval_and_the_grid_is_shifted():
     assert seen == [(0.0, 1), (0.5, 2), (0.75, 2), (0.9, 2)]
 
 
-def test_a_sample_has_draw_noise_its_own():
+def test_a_sample_has_noise_of_its_own():
     class Some:
         base = Base()
 
