@@ -1,5 +1,6 @@
 """Options by themselves: what is out of range or at odds is refused where they are made, by whoever makes them."""
 
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
@@ -86,6 +87,18 @@ def test_options_are_not_written_into():
             setattr(object.__new__(kind), first, None)
 
 
-def test_they_are_at_hand_without_torch():
-    code = "import sys, isonext.inference.options; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("inference", ["--input", "a.png", "--source_style", "photo", "--target_style", "monet", "--strength", "2"]),
+        ("inference", ["--restore", "k.safetensors", "--compare"]),
+        ("sample", ["--num_samples", "0"]),
+    ],
+)
+def test_bad_flags_are_refused_before_torch_is_imported(command, flags):
+    arguments = [f"{command}.py", "--checkpoint", "net.pt", "--output", "nowhere", *flags]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "\nerror: --" in done.stderr
+    assert not re.search(r"\| +(torch|numpy|PIL)$", done.stderr, re.MULTILINE)
