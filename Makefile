@@ -2,7 +2,8 @@
 # make check      lint and format
 # make test       the tests but those marked slow, a few minutes on 2 cores
 # make test-all   all tests
-# make bench      the quick benchmarks: preprocessing, and the memory plan against what is measured
+# make bench      the quick benchmarks: preprocessing, and a training step of a small network
+# make docs       write docs/config.md and docs/config_zh.md from isonext/config.py
 # make clean      remove the virtual environment and the demo's outputs
 
 PYTHON ?= python3
@@ -27,7 +28,10 @@ test-all: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/preprocess.py
-	$(RUN) benchmarks/plan.py
+	$(RUN) benchmarks/train_step.py --hidden_dim 64 --num_layers 2 --batch_size 8
+
+docs: $(VENV)/.installed
+	$(RUN) -m isonext.config
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,4 +46,4 @@ $(VENV)/.installed-dev: requirements.txt requirements/dev.txt requirements/eval.
 clean:
 	rm -rf $(VENV) outputs/demo
 
-.PHONY: demo check test test-all bench clean
+.PHONY: demo check test test-all bench docs clean

@@ -1,14 +1,16 @@
 """Measure a checkpoint on held-out pictures: is the style right, is the picture still the same.
 
-python evaluate.py --checkpoint checkpoints/stage1_epoch200.pt --data raw_data/test --pairs --output report/
+python evaluate.py --checkpoint checkpoints/stage1_epoch200.pt --data test_data --pairs --output report/
 
-`--data` holds one folder a style; without it the validation split of the latent store is taken. With `--pairs`, files
-of the same name are the same picture in every style.
+`--data` holds one folder a style, beside `raw_data` and not in it, where it would count as a style; without it the
+validation split of the latent store is taken. With `--pairs`, files of the same name are the same picture in every
+style.
 """
 
 import argparse
 from pathlib import Path
 
+from isonext.evaluation.options import EvaluateOptions
 from isonext.utils.cli import add_device_flags, new_parser, run
 
 
@@ -46,7 +48,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     from isonext.evaluation.sweep import evaluate
 
-    return evaluate(args)
+    return evaluate(
+        EvaluateOptions(
+            checkpoint=args.checkpoint,
+            baselines=tuple(args.baseline),
+            data=args.data,
+            train_data=args.train_data,
+            pairs=args.pairs,
+            output=args.output,
+            overrides=tuple(args.overrides),
+            strength=args.strength,
+            sweep=tuple(args.sweep),
+            quick=args.quick,
+            limit=args.limit,
+            device=args.device,
+        )
+    )
 
 
 if __name__ == "__main__":

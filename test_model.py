@@ -15,10 +15,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from isonext.evaluation.self_check import smoke
+    from isonext.evaluation.self_check import run_checks
     from isonext.utils.device import pick_device
 
-    return smoke(pick_device(args.device))
+    return run_checks(pick_device(args.device))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from isonext.config import Config
 from isonext.data import images
 from isonext.data.autoencoder import load_autoencoder
-from isonext.data.preprocess import BATCH, encode
+from isonext.data.preprocess import BATCH, Work, encode
+from isonext.data.pt_store import PtStore
+from isonext.data.store import LatentSpec, StoreMeta
 from isonext.utils.cli import add_device_flags, new_parser, run
 from isonext.utils.device import autocast, device_name, has_bf16, pick_device
 
@@ -59,6 +61,22 @@ def encode_as(codec: nn.Module, pixels: Tensor, layout: torch.memory_format, bf1
         weight.data = before[name]
 
 
+def store_work(folder: Path, paths: list[Path], codec: nn.Module, size: int) -> Work:
+    """All pictures and their mirror images, to a store of single files."""
+    spec = LatentSpec(codec.name, codec.channels, codec.factor, size, ["drawn"])
+    store = PtStore(folder, StoreMeta(spec, flip=True))
+    return Work(store, [(f"{path.name}.pt", path) for path in paths], store.plan(len(paths), BATCH), removed=0)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
 def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     codec, config = load_autoencoder(args.autoencoder, device), Config()
@@ -68,11 +86,11 @@ def main(args: argparse.Namespace) -> int:
         paths = draw(Path(scratch), args.pictures, args.size)
         squares = [images.to_bytes(images.square(images.open_picture(path), args.size)) for path in paths]
         batches = [images.to_pixels(part.to(device)) for part in torch.stack(squares).split(BATCH)]
-        todo, latents = [(f"{path.name}.pt", path) for path in paths], Path(scratch) / "latents"
+        whole = store_work(Path(scratch) / "latents", paths, codec, args.size)
         one, nchw, nhwc = batches[0], torch.contiguous_format, torch.channels_last
         ways: dict[str, tuple[int, Callable[[], object]]] = {  # with the number of pictures
             "bare": (len(paths), lambda: bare(codec, batches)),
-            "whole": (len(paths), lambda: encode(todo, latents, codec, config, device, True)),
+            "whole": (len(paths), lambda: encode(whole, codec, config, device, True)),
             "nchw": (len(one), lambda: encode_as(codec, one, nchw, False)),
             "nhwc": (len(one), lambda: encode_as(codec, one, nhwc, False)),
         }
@@ -81,11 +99,7 @@ def main(args: argparse.Namespace) -> int:
             ways["bf16_nhwc"] = len(one), lambda: encode_as(codec, one, nhwc, True)
         for _ in tqdm(range(args.rounds + 1), desc="rounds", disable=None):  # the first one warms up
             for name, (count, work) in ways.items():
-                started = time.perf_counter()
-                work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                rates.setdefault(name, []).append(count / (time.perf_counter() - started))
+                rates.setdefault(name, []).append(count / timed(work, device))
     report({name: measured[1:] for name, measured in rates.items()}, args, device_name(device))
     return 0
 

@@ -5,6 +5,8 @@
 
 An unknown key, a wrong type and a value out of range are errors that name the key and what is allowed.
 `None` and "auto" mean "counted or chosen for you": see the line of the key.
+
+    python -m isonext.config        # writes docs/config.md, and docs/config_zh.md with the help of docs/config_zh.json
 """
 
 import dataclasses
@@ -311,3 +313,50 @@ def _divides(where: str, model: ModelConfig, name: str, unit: int = 1) -> None:
 
 def _show(value: Any) -> str:
     return json.dumps(value, default=str)
+
+
+#################################################################################
+#                      The pages docs/config.md and config_zh.md                #
+#################################################################################
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+HEAD = """# Config keys
+
+[中文](config_zh.md) · [Usage guide](../USAGE_GUIDE.md)
+
+`python -m isonext.config` writes this page from `isonext/config.py`. Change that file, not this page.
+
+A config is a JSON file; `//` comments are allowed. Every key may be left out. An unknown key is an error that names the
+nearest known one; a wrong type or value is an error that says what is allowed. `--set training.learning_rate=1e-5`
+overrides one key, for every command that reads a config."""
+
+
+def config_page(translation: dict | None = None) -> str:
+    """All keys as Markdown, in English or in the language of a translation: see docs/config_zh.json.
+
+    KeyError where the translation lacks a key's reason.
+    """
+    lines = [HEAD] if translation is None else list(translation["head"])
+    columns = "key | default | allowed | why" if translation is None else translation["columns"]
+    for section in dataclasses.fields(Config):
+        lines += ["", f"## {section.name}", "", f"| {columns} |", "| --- | --- | --- | --- |"]
+        hints = typing.get_type_hints(section.type)
+        for entry in dataclasses.fields(section.type):
+            allowed, why = _describe(hints[entry.name], entry.metadata), entry.metadata["why"]
+            if translation is not None:
+                why = translation["why"][f"{section.name}.{entry.name}"]
+                for pattern, words in translation["phrases"].items():
+                    allowed = re.sub(pattern, words, allowed)
+            lines.append(f"| `{entry.name}` | `{json.dumps(entry.default)}` | {allowed} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_config_pages() -> None:
+    chinese = json.loads((DOCS / "config_zh.json").read_text(encoding="utf-8"))
+    for name, text in (("config.md", config_page()), ("config_zh.md", config_page(chinese))):
+        (DOCS / name).write_text(text, encoding="utf-8")
+        print(f"written: {DOCS / name}")
+
+
+if __name__ == "__main__":
+    write_config_pages()

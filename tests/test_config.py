@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import ROOT
+from helpers import ROOT, call_within
+from isonext.checkpoint import load_checkpoint
 from isonext.config import ONLY_OF, Config, apply_overrides, config_from_dict, config_to_dict, load_config
 from isonext.errors import UserError
 
@@ -260,6 +261,28 @@ def test_every_config_of_the_repository_loads(path):
     assert load_config(path) == config_from_dict(config_to_dict(load_config(path)))
 
 
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_no_config_of_the_repository_types_what_is_counted(path):
+    config = load_config(path)
+    assert (config.model.latent_channels, config.model.num_styles, config.data.num_classes) == (None, None, None)
+
+
+def test_three_styles_preprocess_and_train_by_the_shipped_config(tmp_path, draw):
+    for style in ("ink", "oil", "water"):
+        for number in range(4):
+            draw(tmp_path / "raw_data" / style / f"{number}.png", seed=number + len(style))
+    small = {
+        "model.hidden_dim": 32, "model.num_layers": 1, "data.image_size": 16, "autoencoder.name": "dct:f4c5",
+        "training.stage1_epochs": 1, "training.batch_size": 4, "training.num_workers": 0, "training.compile": "false",
+    }  # fmt: skip
+    flags = ["--config", ROOT / "config.json", *(f"--set={name}={value}" for name, value in small.items())]
+    for command in ("preprocess_latents", "train"):
+        status, _, err = call_within(tmp_path, command, *flags)
+        assert status == 0, err
+    saved = load_checkpoint(tmp_path / "checkpoints" / "stage1_epoch1.pt")
+    assert saved.latents.styles == ["ink", "oil", "water"] and saved.latents.channels == 5
+
+
 #################################################################################
 #                                     --set                                     #
 #################################################################################
@@ -365,14 +388,6 @@ def test_any_other_json_is_refused_in_one_line(tmp_path, text):
 def test_a_set_that_names_no_key_says_how_to_write_it(text):
     with pytest.raises(UserError, match=r"section\.key=value"):
         load_config(None, [text])
-
-
-@pytest.mark.parametrize("page", ["USAGE_GUIDE.md", "USAGE_GUIDE_zh.md"])
-def test_the_guide_lists_every_key_with_its_default(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for name, entry in KEYS.items():
-        default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
-        assert f"| `{name.partition('.')[2]}` | `{json.dumps(default)}` |" in text, name
 
 
 def test_the_choice_null_can_be_typed_though_it_is_a_word_of_json():

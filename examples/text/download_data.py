@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         import datasets  # noqa: F401  here, so that --help is instant and a missing one is said before any work
     except ImportError:
-        raise UserError("datasets is not installed: pip install -r requirements-text.txt") from None
+        raise UserError("datasets is not installed: pip install -r requirements/text.txt") from None
     root = Path(args.data_root)
     for name in names:
         for ours, theirs in REMOTES[name].splits.items():

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
         results = {path: score(*pairs, args.metrics) for path, pairs in files.items()}
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install -r requirements-text.txt") from None
+        raise UserError(f"{error.name} is not installed: pip install -r requirements/text.txt") from None
     print(table(results))
     if args.output_json:
         from isonext.utils.io import written_whole

@@ -1,4 +1,4 @@
-"""The training data: all latents of one split of a store, in memory or memory-mapped."""
+"""A latent store opened, whatever its layout, and the training data: all latents of one split."""
 
 import functools
 import hashlib
@@ -10,11 +10,33 @@ import psutil
 import torch
 from torch import Tensor
 
-from isonext.data.shards import OURS, Rows, read_alike, shard_paths
-from isonext.data.store import LatentSpec, StoreMeta, fingerprint, read_latent
+from isonext.data.pt_store import PtStore
+from isonext.data.shard_store import ExternalStore, ShardStore
+from isonext.data.shards import Rows, shard_paths
+from isonext.data.store import LatentSpec, StoreMeta, read_meta
 from isonext.errors import UserError
 from isonext.utils import distributed
-from isonext.utils.io import remove_unfinished, written_whole
+
+
+def store_of(root: Path, meta: StoreMeta) -> PtStore | ShardStore | ExternalStore:
+    """The store at `root`, by the layout that its meta names."""
+    return {"pt": PtStore, "safetensors": ShardStore, "foreign": ExternalStore}[meta.layout](root, meta)
+
+
+def open_store(root: Path) -> StoreMeta:
+    """The meta of a finished store of ours, or an error that says which command makes one."""
+    meta = read_meta(root)
+    if meta is None and shard_paths(root):
+        raise UserError(f"{root}: holds latents of another program, which name no pictures; give pictures with --data")
+    if meta is None:
+        raise UserError(f"{root}: no latent store here; run: python preprocess_latents.py")
+    if not meta.complete:
+        raise UserError(f"{root}: preprocessing was not finished; run python preprocess_latents.py again")
+    store_of(root, meta).check()
+    for style in meta.latents.styles:
+        if not meta.counts[style]["train"]:
+            raise UserError(f"{root / style}: the style has no training picture; add pictures and preprocess again")
+    return meta
 
 
 @dataclass
@@ -42,70 +64,11 @@ class LatentSplit:
 
 
 def load_split(root: Path, meta: StoreMeta, split: str, memory_limit: int | None = None) -> LatentSplit:
-    """The split's latents: in memory where they fit `memory_limit` bytes (half of what is free), else memory-mapped,
-    shards as they are, `.pt` files from one packed file, which is written once beside the store. Of several processes
-    all must call this."""
+    """The split's latents: in memory where they fit `memory_limit` bytes (half of what is free), else memory-mapped.
+    Of several processes all must call this."""
+    if memory_limit is None:  # shared by the processes of a machine, and the least of all, so that all do the same
+        memory_limit = min(distributed.gather(psutil.virtual_memory().available // (2 * distributed.local_world())))
     names, spec = meta.split[split], meta.latents
     ids = {style: number for number, style in enumerate(spec.styles)}
     styles = torch.tensor([ids[name.partition("/")[0]] for name in names], dtype=torch.int64)
-    if memory_limit is None:  # shared by the processes of a machine, and the least of all, so that all do the same
-        memory_limit = min(distributed.gather(psutil.virtual_memory().available // (2 * distributed.local_world())))
-    if meta.layout == "pt":
-        shape = (1 + meta.flip, len(names), spec.channels, *spec.space)
-        whole = 4 * int(np.prod(shape)) <= memory_limit
-        latents = _filled(root, names, shape) if whole else _packed(root, split, names, shape)
-    else:
-        latents = sharded(root, meta, names)
-        latents = latents.loaded() if 4 * int(np.prod(latents.shape)) <= memory_limit else latents
-    return LatentSplit(spec, latents, styles, names)
-
-
-def sharded(root: Path, meta: StoreMeta, names: list[str]) -> Rows:
-    """The named entries' rows in the store's shards, memory-mapped."""
-    ours, spec = meta.layout != "foreign", meta.latents
-    shards = read_alike(shard_paths(root, OURS) if ours else shard_paths(root), copies=1 + meta.flip)
-    try:
-        if ours:
-            entries = [entry for shard in shards for entry in shard.pictures]
-            places = {entry: number for number, entry in enumerate(entries)}
-            numbers = [places[name] for name in names]
-        else:  # an entry there is `<style>/<number of the row>`
-            numbers = [int(name.rpartition("/")[2]) for name in names]
-        rows = Rows(shards, np.array(numbers, np.int64), 1 + meta.flip)
-    except (KeyError, IndexError) as error:  # IndexError: there is not one shard
-        raise UserError(f"{root}: the shards lack {error}; run preprocess_latents.py again") from None
-    if (len(shards[0].copies), *rows.shape[2:]) != (1 + meta.flip, spec.channels, *spec.space):
-        raise UserError(f"{root}: the shards do not match meta.json; run preprocess_latents.py again")
-    return rows
-
-
-def _filled(root: Path, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
-    latents = np.empty(shape, np.float32)
-    _fill(latents, root, names)
-    return latents
-
-
-def _fill(latents: np.ndarray, root: Path, names: list[str]) -> None:
-    for number, name in enumerate(names):
-        entry = read_latent(root / name)
-        copies = [entry[part] for part in ("latent", "flipped")[: len(latents)] if part in entry]
-        if len(copies) < len(latents) or any(copy.shape != latents.shape[2:] for copy in copies):
-            raise UserError(f"{root / name}: does not match meta.json; run preprocess_latents.py again")
-        for copy, tensor in enumerate(copies):
-            latents[copy, number] = tensor.numpy()
-
-
-def _packed(root: Path, split: str, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
-    """One `.npy` of the whole split, made anew when any of its files has changed."""
-    state = repr([(name, fingerprint(root / name)) for name in names] + [shape])
-    path = root / f"packed-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
-    with distributed.in_turn():
-        if not path.exists():
-            for old in root.glob(f"packed-{split}-*.npy"):
-                old.unlink()
-            remove_unfinished(root)
-            with written_whole(path) as beside:
-                latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
-                _fill(latents, root, names)
-                latents.flush()
-    return np.load(path, mmap_mode="r")
+    return LatentSplit(spec, store_of(root, meta).load(split, memory_limit), styles, names)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from isonext.config import Config
-from isonext.data.dataset import sharded
+from isonext.data.dataset import open_store
+from isonext.data.shard_store import ExternalStore
 from isonext.data.shards import Shard, read_alike, shard_paths
 from isonext.data.splits import split_off
-from isonext.data.store import LatentSpec, StoreMeta, channel_statistics, open_store, shown
+from isonext.data.store import LatentSpec, StoreMeta, channel_statistics, shown
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.io import load_data
@@ -131,8 +132,7 @@ def _statistics(root: Path, meta: StoreMeta) -> tuple[list[float], list[float]]:
     names = meta.split["train"]
     names = names[:: math.ceil(len(names) / ENOUGH)]
     print(f"{root}: no {STATISTICS}; mean and deviation are computed from {len(names)} training latents")
-    parts = (torch.from_numpy(part) for _, _, part in sharded(root, meta, names).parts())
-    mean, std = channel_statistics(parts)
+    mean, std = channel_statistics(ExternalStore(root, meta).latents(names))
     if not np.isfinite([mean, std]).all():
         raise UserError(f"{root}: its latents are not all finite numbers; compute them again")
     return mean, std

@@ -1,11 +1,11 @@
 """Folders of pictures to a latent store: what is there already, what is new, statistics and split."""
 
-import contextlib
 import math
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,37 +14,43 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from isonext.config import Config
+from isonext.config import Config, DataConfig
 from isonext.data import images
 from isonext.data.autoencoder import load_autoencoder
-from isonext.data.dataset import sharded
-from isonext.data.shards import OURS, Row, ShardPlan, plan_shards, read_shard, shard_paths, tidy, write_shard
+from isonext.data.dataset import store_of
+from isonext.data.pt_store import PtStore
+from isonext.data.shard_store import ShardStore, refuse_external
 from isonext.data.splits import group_pictures, split_off
-from isonext.data.store import (
-    LatentSpec,
-    StoreMeta,
-    channel_statistics,
-    fingerprint,
-    read_latent,
-    read_meta,
-    write_latent,
-)
+from isonext.data.store import LatentSpec, Row, StoreMeta, WritePlan, channel_statistics, fingerprint, read_meta
+from isonext.data.style_folders import find_styles, held_out_hint
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
-from isonext.utils.io import in_background, natural_order, remove_unfinished
+from isonext.utils.io import in_background
 
 BATCH = 16  # pictures at once
 
 
 @dataclass
 class Report:
+    """What a run did, and the store's meta as it is now."""
+
+    meta: StoreMeta
     encoded: int = 0
     kept: int = 0
     removed: int = 0
     skipped: list[str] = field(default_factory=list)  # one line a bad picture
-    seconds: float = 0.0
-    meta: StoreMeta | None = None
+    seconds: float = 0.0  # of the encoding
+
+
+@dataclass
+class Work:
+    """What there is to do, as the first process found it."""
+
+    store: PtStore | ShardStore
+    todo: list[tuple[str, Path]]  # entries to encode, and their pictures
+    plan: WritePlan
+    removed: int  # entries whose picture has gone
 
 
 def preprocess(config: Config, device: torch.device, quiet: bool | None = None) -> Report:
@@ -53,46 +59,26 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
     Of several processes the first one looks what there is to do, before, and completes the store, after; whole batches
     of it are shared out between them, so that the bits are those of one process.
     """
-    raw_root, root = Path(config.data.raw_data_root), Path(config.data.data_root)
-    pictures = find_styles(raw_root, config.data.num_classes)
-    entries = {
-        f"{style}/{name.as_posix()}.pt": raw_root / style / name for style in pictures for name in pictures[style]
-    }
-    groups = group_pictures(entries, raw_root, config.data.split_by)
+    raw_root = Path(config.data.raw_data_root)
+    styles = find_styles(raw_root, config.data.num_classes)
+    pictures = {f"{style}/{name.as_posix()}.pt": raw_root / style / name for style in styles for name in styles[style]}
+    groups = group_pictures(pictures, raw_root, config.data.split_by)
     codec = load_autoencoder(config.autoencoder.name, device)
-    report = todo = plan = None
-    if distributed.is_main():
-        meta = _prepare_meta(root, config, codec, list(pictures))
-        meta.write(root)  # not complete from here on
-        report = Report(meta=meta)
-        report.removed, current = _take_stock(root, meta, entries)
-        todo = [(entry, path) for entry, path in entries.items() if entry not in current]
-        plan = _plan(root, meta, len(todo))
-    todo, plan = distributed.from_main((todo, plan))
+    if distributed.is_main() and (hint := held_out_hint(raw_root, styles)):
+        print(f"warning: {hint}", file=sys.stderr)
+    work = distributed.from_main(
+        _find_work(config.data, codec, list(styles), pictures) if distributed.is_main() else None
+    )
     started = time.perf_counter()
-    shares = distributed.gather(encode(todo, root, codec, config, device, quiet, plan))
-    if report:
-        report.seconds = time.perf_counter() - started
-        _complete(report, root, todo, {entry: reason for share in shares for entry, reason in share.items()}, entries)
-        _check_styles(raw_root, report.meta.latents.styles, entries, report.skipped)
-        _finish(root, report.meta, {entry: groups[entry] for entry in entries}, config.data.val_fraction)
+    shares = distributed.gather(encode(work, codec, config, device, quiet))
+    report = None
+    if distributed.is_main():
+        seconds = time.perf_counter() - started
+        report = _tally(work, {entry: reason for share in shares for entry, reason in share.items()}, pictures)
+        report.seconds = seconds
+        _check_styles(raw_root, report.meta.latents.styles, pictures, report.skipped)
+        _complete(work.store, {entry: groups[entry] for entry in pictures}, config.data.val_fraction)
     return distributed.from_main(report)
-
-
-def find_styles(raw_root: Path, expected: int | None) -> dict[str, list[Path]]:
-    """Style name -> its pictures; the folders are the styles, in natural order."""
-    if not raw_root.is_dir():
-        raise UserError(f"{raw_root}: no such folder; put one folder of pictures a style there (data.raw_data_root)")
-    folders = [path for path in raw_root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    styles = {path.name: images.find_pictures(path) for path in sorted(folders, key=lambda p: natural_order(p.name))}
-    if not styles:
-        raise UserError(f"{raw_root}: holds no folders; make one folder of pictures a style there")
-    for name, pictures in styles.items():
-        if not pictures:
-            raise UserError(f"{raw_root / name}: holds no pictures ({' '.join(images.SUFFIXES)}); fill or remove it")
-    if expected not in (None, len(styles)):
-        raise UserError(f"{raw_root}: {len(styles)} folders ({', '.join(styles)}), but data.num_classes = {expected}")
-    return styles
 
 
 #################################################################################
@@ -100,104 +86,48 @@ def find_styles(raw_root: Path, expected: int | None) -> dict[str, list[Path]]:
 #################################################################################
 
 
-def _prepare_meta(root: Path, config: Config, codec: nn.Module, styles: list[str]) -> StoreMeta:
+def _find_work(data: DataConfig, codec: nn.Module, styles: list[str], pictures: dict[str, Path]) -> Work:
+    """Take stock of the store, which is not complete from here on. `pictures` is entry -> picture."""
+    root = Path(data.data_root)
+    meta = _prepare_meta(root, data, codec, styles)
+    meta.write(root)
+    store = store_of(root, meta)
+    removed, current = store.take_stock(pictures)
+    todo = [(entry, picture) for entry, picture in pictures.items() if entry not in current]
+    return Work(store, todo, store.plan(len(todo), BATCH), removed)
+
+
+def _prepare_meta(root: Path, data: DataConfig, codec: nn.Module, styles: list[str]) -> StoreMeta:
     """The store's meta, not complete until the end; an existing store of another kind is an error, not a mixture."""
-    size = config.data.image_size
+    size = data.image_size
     if size % codec.factor:
         raise UserError(f"--target_size {size}: must be a multiple of {codec.factor} for the autoencoder {codec.name}")
-    spec = LatentSpec(codec.name, codec.channels, codec.factor, size, styles)
+    meta = StoreMeta(LatentSpec(codec.name, codec.channels, codec.factor, size, styles), data.flip, layout=data.format)
     old = read_meta(root)
     if old is None:
-        for path in shard_paths(root):
-            if not read_shard(path).pictures:
-                raise UserError(f"{path}: is another program's; use another data.data_root for the store")
-    else:
-        for key, was, now in (
-            ("autoencoder", old.latents.autoencoder, codec.name),
-            ("size", old.latents.image_size, size),
-            ("channels", old.latents.channels, codec.channels),
-            ("format", old.layout, config.data.format),
-        ):
-            if was != now:
-                raise UserError(
-                    f"{root}: the store has {key} {was}, not {now}; use another data.data_root or delete it"
-                )
-        # A style that has no latents yet (all its pictures were bad) may go as it came.
-        stored = _stored_styles(root, old)
-        kept = [style for style in old.latents.styles if style in styles or style in stored]
-        gone = [style for style in kept if style not in styles]
-        if gone:
-            raise UserError(
-                f"{config.data.raw_data_root}: the style folder {gone[0]} has vanished; put it back, or delete {root}"
-            )
-        # Ids of known styles stay; new styles come behind them.
-        spec.styles = kept + [style for style in styles if style not in kept]
-    return StoreMeta(spec, config.data.flip, layout=config.data.format)
+        refuse_external(root)
+        return meta
+    for key, was, now in (
+        ("autoencoder", old.latents.autoencoder, codec.name),
+        ("size", old.latents.image_size, size),
+        ("channels", old.latents.channels, codec.channels),
+        ("format", old.layout, data.format),
+    ):
+        if was != now:
+            raise UserError(f"{root}: the store has {key} {was}, not {now}; use another data.data_root or delete it")
+    meta.latents.styles = _continued_styles(root, old, data.raw_data_root, styles)
+    return meta
 
 
-def _stored_styles(root: Path, meta: StoreMeta) -> set[str]:
-    """The styles that have latents in the store."""
-    if meta.layout == "pt":
-        return {style for style in meta.latents.styles if any((root / style).rglob("*.pt"))}
-    return {entry.partition("/")[0] for entry in _stored_in_shards(root)}
-
-
-def _stored_in_shards(root: Path) -> set[str]:
-    """The entries of all shards but the damaged ones."""
-    entries = set()
-    for path in shard_paths(root, OURS):
-        with contextlib.suppress(UserError):
-            entries |= read_shard(path).pictures.keys()
-    return entries
-
-
-def _take_stock(root: Path, meta: StoreMeta, entries: dict[str, Path]) -> tuple[int, set[str]]:
-    """Clear away what is stale: how many entries' pictures have gone, and which entries are there and stay."""
-    if meta.layout == "pt":
-        removed = _remove_stale(root, meta, entries)
-        return removed, {entry for entry, path in entries.items() if _is_current(root / entry, path, meta.flip)}
-    remove_unfinished(root)
-    removed = len(_stored_in_shards(root) - entries.keys())
-
-    def wanted(entry: str, source: list[int]) -> bool:
-        try:
-            return entry in entries and fingerprint(entries[entry]) == source
-        except OSError:  # it has gone just now; the reason is told when it is read
-            return False
-
-    return removed, tidy(root, wanted, 1 + meta.flip, meta.latents.styles)
-
-
-def _plan(root: Path, meta: StoreMeta, count: int) -> ShardPlan | None:
-    """Which shards `count` new pictures go to; None where each has a file of its own."""
-    if meta.layout == "pt":
-        return None
-    spec = meta.latents
-    row_bytes = 4 * (1 + meta.flip) * spec.channels * math.prod(spec.space)
-    return plan_shards(root, count, row_bytes, BATCH, spec.styles)
-
-
-def _remove_stale(root: Path, meta: StoreMeta, entries: dict[str, Path]) -> int:
-    """Delete entries whose picture has gone, and what a killed run left unfinished."""
-    removed = 0
-    stored = [path for style in meta.latents.styles for path in (root / style).rglob("*.pt")]
-    for folder in {root, *(path.parent for path in stored)}:
-        remove_unfinished(folder)
-    for path in stored:
-        if path.exists() and path.relative_to(root).as_posix() not in entries:
-            path.unlink()
-            removed += 1
-    return removed
-
-
-def _is_current(entry: Path, picture: Path, flip: bool) -> bool:
-    if not entry.exists():
-        return False
-    try:
-        stored = read_latent(entry)
-    except UserError:  # damaged: encode it again
-        return False
-    return stored.get("source") == fingerprint(picture) and ("flipped" in stored or not flip)
+def _continued_styles(root: Path, old: StoreMeta, raw_root: str, styles: list[str]) -> list[str]:
+    """Styles in id order: those of the store keep their ids, new ones come behind them."""
+    stored = store_of(root, old).stored_styles()
+    # A style that has no latents yet (all its pictures were bad) may go as it came.
+    known = [style for style in old.latents.styles if style in styles or style in stored]
+    gone = [style for style in known if style not in styles]
+    if gone:
+        raise UserError(f"{raw_root}: the style folder {gone[0]} has vanished; put it back, or delete {root}")
+    return known + [style for style in styles if style not in known]
 
 
 #################################################################################
@@ -224,20 +154,14 @@ class SquarePictures(Dataset):
 
 
 def encode(
-    todo: list[tuple[str, Path]],
-    root: Path,
-    codec: nn.Module,
-    config: Config,
-    device: torch.device,
-    quiet: bool | None,
-    plan: ShardPlan | None = None,  # None: a file for each picture
+    work: Work, codec: nn.Module, config: Config, device: torch.device, quiet: bool | None
 ) -> dict[str, str | None]:
-    """Encode and write this process's share of `todo`: entry -> None, or why its picture was skipped.
+    """Encode and write this process's share of the work: entry -> None, or why its picture was skipped.
 
-    Batches are cut before they are shared out: the bits of a latent may depend on the size of its batch. A shard is
-    the work of one process.
+    Batches are cut before they are shared out: the bits of a latent may depend on the size of its batch. A piece of
+    the plan is the work of one process.
     """
-    length = plan.length if plan else BATCH
+    todo, length = work.todo, work.plan.length
     pieces = [range(len(todo))[start : start + length] for start in range(0, len(todo), length)]
     own = [p[start : start + BATCH] for p in pieces[rank() :: distributed.world()] for start in range(0, len(p), BATCH)]
     workers = min(
@@ -252,14 +176,14 @@ def encode(
     )
     results, rows = {}, []
     total, quiet = sum(map(len, own)), quiet if distributed.is_main() else True
-    at_once = 0 if plan else 4 * BATCH  # a shard is written before the next is begun: a kill costs no more than one
-    with tqdm(total=total, desc="encoding", unit="picture", disable=quiet) as bar, in_background(at_once) as submit:
+    progress = tqdm(total=total, desc="encoding", unit="picture", disable=quiet)
+    with progress as bar, in_background(work.plan.backlog) as submit:
         for items in loader:
             rows += _encoded(items, todo, codec, config.data.flip, device)
             results |= {todo[item][0]: source if picture is None else None for item, picture, source in items}
             last = items[-1][0]
             if last == pieces[last // length][-1]:
-                for function, *arguments in _writes(root, rows, plan, last // length):
+                for function, *arguments in work.store.writes(rows, work.plan, last // length):
                     submit(function, *arguments)
                 rows = []
             bar.update(len(items))
@@ -282,27 +206,22 @@ def _encoded(
     ]
 
 
-def _writes(root: Path, rows: list[Row], plan: ShardPlan | None, piece: int) -> Iterator[tuple]:
-    """The calls, function first, that write `rows`: a file each, or all to the shard of their piece of the work."""
-    if plan is None:
-        for row in rows:
-            yield write_latent, root / row.entry, row.latent, row.flipped, row.source
-    elif rows:
-        yield write_shard, root / plan.names[piece], rows, plan.styles
+#################################################################################
+#                              The store completed                              #
+#################################################################################
 
 
-def _complete(
-    report: Report, root: Path, todo: list[tuple[str, Path]], results: dict[str, str | None], entries: dict[str, Path]
-) -> None:
-    """Count what was encoded, and take out of `entries` and the store what was skipped."""
-    report.kept = len(entries) - len(todo)
-    for entry, _ in todo:
+def _tally(work: Work, results: dict[str, str | None], pictures: dict[str, Path]) -> Report:
+    """Count what was encoded, and take out of `pictures` and the store what was skipped."""
+    report = Report(work.store.meta, kept=len(pictures) - len(work.todo), removed=work.removed)
+    for entry, _ in work.todo:
         if results[entry]:
             report.skipped.append(results[entry])
-            (root / entry).unlink(missing_ok=True)
-            del entries[entry]
+            work.store.discard(entry)
+            del pictures[entry]
         else:
             report.encoded += 1
+    return report
 
 
 def _check_styles(raw_root: Path, styles: list[str], entries: Iterable[str], skipped: list[str]) -> None:
@@ -314,26 +233,15 @@ def _check_styles(raw_root: Path, styles: list[str], entries: Iterable[str], ski
             raise UserError(f"{raw_root / style}: no picture of this style can be read; the first: {reason}")
 
 
-def _finish(root: Path, meta: StoreMeta, groups: dict[str, str], val_fraction: float) -> None:
+def _complete(store: PtStore | ShardStore, groups: dict[str, str], val_fraction: float) -> None:
     """Split, statistics and counts: the store is complete. `groups`: every entry and its group."""
-    val = split_off(groups, val_fraction)
+    meta, val = store.meta, split_off(groups, val_fraction)
     meta.split = {"train": sorted(groups.keys() - val), "val": sorted(val)}
     tally = {name: Counter(entry.partition("/")[0] for entry in names) for name, names in meta.split.items()}
     meta.counts = {style: {name: tally[name][style] for name in tally} for style in meta.latents.styles}
-    meta.latents.mean, meta.latents.std = channel_statistics(_training_latents(root, meta))
+    meta.latents.mean, meta.latents.std = channel_statistics(store.latents(meta.split["train"]))
     meta.complete = True
-    meta.write(root)
-
-
-def _training_latents(root: Path, meta: StoreMeta) -> Iterator[Tensor]:
-    """Those of the training split, mirrored copies included, in parts (n, C, h, w)."""
-    if meta.layout != "pt":
-        yield from (torch.from_numpy(part) for _, _, part in sharded(root, meta, meta.split["train"]).parts())
-        return
-    for name in meta.split["train"]:
-        entry = read_latent(root / name)
-        for part in ("latent", "flipped") if meta.flip else ("latent",):
-            yield entry[part][None]
+    meta.write(store.root)
 
 
 def print_report(report: Report, root: Path, echo: Callable[[str], None] = print) -> None:

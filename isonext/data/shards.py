@@ -1,17 +1,16 @@
-"""Latents in safetensors shards, ours or another program's: written, checked, and read by rows without being loaded.
+"""The file of a shard, ours or another program's: written, checked, and read by rows without being loaded.
 
     latents (n, C, *space)         raw; float32, in other programs' shards also float16 or bfloat16
     latents_flip (n, C, *space)    of the mirrored pictures, where there are any
     labels (n,)                    style ids from 0; or user_ids (n,), from 1
 
-Ours also say, in the file's metadata, which picture each row is of: `pictures`, JSON of {entry: fingerprint}. A shard
-appears whole or not at all, and is made again only without the rows whose picture has gone or changed.
+Ours also say, in the file's metadata, which picture each row is of: `pictures`, JSON of {entry: fingerprint}. Stores of
+shards are in shard_store.py.
 """
 
 import itertools
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,22 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from isonext.data.store import Row
 from isonext.errors import UserError, first_line
 from isonext.utils.io import natural_order, written_whole
 
-SHARD_BYTES = 2**26  # of latents; what a kill can cost at most, and many times what a read costs to begin
 OURS = "latents-[0-9]*.safetensors"  # the shards of a store of ours; others beside them are left alone
 LABELS = {"labels": 0, "user_ids": 1}  # the tensor's name, and where its counting starts
-
-
-@dataclass
-class Row:
-    """One picture of a shard."""
-
-    entry: str  # "<style>/<name>.pt", as in meta.json
-    source: list[int]  # the picture's fingerprint
-    latent: Tensor  # (C, h, w)
-    flipped: Tensor | None
 
 
 @dataclass
@@ -172,51 +161,3 @@ class Rows:
         for copy, rows, part in self.parts():
             latents[copy, rows] = part
         return latents
-
-
-#################################################################################
-#                     Our own: bringing them in line with pictures              #
-#################################################################################
-
-
-@dataclass
-class ShardPlan:
-    """Where a run's new pictures go: each `length` of them to the next of `names`, some to the last one."""
-
-    names: list[str]
-    length: int
-    styles: list[str]  # in id order
-
-
-def plan_shards(root: Path, count: int, row_bytes: int, batch: int, styles: list[str]) -> ShardPlan:
-    """For `count` pictures of `row_bytes` bytes: whole batches a shard, under the lowest numbers that are free."""
-    length = max(1, SHARD_BYTES // (row_bytes * batch)) * batch
-    taken = {path.name for path in shard_paths(root, OURS)}
-    free = (name for number in itertools.count() if (name := f"latents-{number:05}.safetensors") not in taken)
-    return ShardPlan(list(itertools.islice(free, math.ceil(count / length))), length, styles)
-
-
-def tidy(root: Path, wanted: Callable[[str, list[int]], bool], copies: int, styles: list[str]) -> set[str]:
-    """Keep the rows whose (entry, fingerprint) is `wanted` and which have `copies` copies; the entries that stay.
-
-    A shard that loses rows is written anew without them; one that is left empty, or is damaged, is deleted.
-    """
-    kept: set[str] = set()
-    for path in shard_paths(root, OURS):
-        try:
-            shard = read_shard(path)
-        except UserError:  # damaged: its pictures are encoded again
-            path.unlink()
-            continue
-        plain, *flipped = shard.copies
-        rows = [
-            Row(entry, source, plain[number], flipped[0][number] if flipped else None)
-            for number, (entry, source) in enumerate(shard.pictures.items())
-            if len(shard.copies) >= copies and entry not in kept and wanted(entry, source)
-        ]
-        kept |= {row.entry for row in rows}
-        if not rows:
-            path.unlink()
-        elif len(rows) < len(shard):
-            write_shard(path, rows, styles)
-    return kept

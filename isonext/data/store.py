@@ -1,16 +1,17 @@
-"""The latent store on disk: one `.pt` a picture, or shards of many, and one `meta.json`; and batches from it.
+"""What a latent store says of itself: the meaning of its latents, and `meta.json`, in which that is written.
 
-    data_root/meta.json                 what the latents are, which pictures are held out, their statistics
-    data_root/<style>/<name.jpg>.pt     {"latent": (C, h, w), "flipped": (C, h, w), "source": [bytes, mtime_ns]}
-    data_root/latents-00000.safetensors, ...    instead of those, see shards.py
+    data_root/meta.json                     what the latents are, which pictures are held out, their statistics
+    data_root/<style>/<name.jpg>.pt         the latents, a file a picture: pt_store.py
+    data_root/latents-00000.safetensors     or in shards of many pictures: shard_store.py
 
 In meta.json a picture's entry is called `<style>/<name.jpg>.pt` either way. Files hold the autoencoder's raw latents;
 the network sees them standardised per channel with the mean and deviation of the training split, which travel with
-the checkpoint as part of its `LatentSpec`.
+the checkpoint as part of its `LatentSpec`. dataset.py opens a store of either layout.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isonext.data.shards import shard_paths
 from isonext.errors import UserError
-from isonext.utils.io import load_data, written_whole
+from isonext.utils.io import written_whole
 
 FORMAT = 1
 
@@ -66,11 +66,6 @@ class LatentSpec:
         raise UserError(f"style {style!r} does not exist; there are: {known}")
 
 
-def shown(sides: Iterable[int]) -> str:
-    """Sides for people: 64 x 48."""
-    return " x ".join(map(str, sides))
-
-
 @dataclass
 class StoreMeta:
     """The contents of meta.json. `complete` is false while preprocessing is under way."""
@@ -82,6 +77,16 @@ class StoreMeta:
     complete: bool = False
     format: int = FORMAT
     layout: str = "pt"  # of the files: pt, safetensors, or foreign, for those of another program (external.py)
+
+    @property
+    def copies(self) -> int:
+        """Latents a picture: 2 where mirrored ones are stored."""
+        return 1 + self.flip
+
+    @property
+    def picture_bytes(self) -> int:
+        """Of one picture's latents in memory, in float32, the mirrored one included."""
+        return 4 * self.copies * self.latents.channels * math.prod(self.latents.space)
 
     def write(self, root: Path) -> None:
         with written_whole(root / "meta.json") as beside:
@@ -102,26 +107,28 @@ def read_meta(root: Path) -> StoreMeta | None:
         raise UserError(f"{path}: damaged ({error}); delete it and run preprocess_latents.py again") from None
 
 
-def open_store(root: Path) -> StoreMeta:
-    """The meta of a finished store of ours, or an error that says which command makes one."""
-    meta = read_meta(root)
-    if meta is None and shard_paths(root):
-        raise UserError(f"{root}: holds latents of another program, which name no pictures; give pictures with --data")
-    if meta is None:
-        raise UserError(f"{root}: no latent store here; run: python preprocess_latents.py")
-    if not meta.complete:
-        raise UserError(f"{root}: preprocessing was not finished; run python preprocess_latents.py again")
-    for style in meta.latents.styles:
-        if meta.layout == "pt" and not (root / style).is_dir():
-            raise UserError(f"{root / style}: this style's folder has vanished; run preprocess_latents.py again")
-        if not meta.counts[style]["train"]:
-            raise UserError(f"{root / style}: the style has no training picture; add pictures and preprocess again")
-    return meta
+#################################################################################
+#                        New pictures, on their way in                          #
+#################################################################################
 
 
-#################################################################################
-#                                  One picture                                  #
-#################################################################################
+@dataclass
+class Row:
+    """What is stored of one picture."""
+
+    entry: str  # "<style>/<name>.pt", as in meta.json
+    source: list[int]  # the picture's fingerprint
+    latent: Tensor  # (C, h, w)
+    flipped: Tensor | None  # of the mirrored picture
+
+
+@dataclass
+class WritePlan:
+    """How new pictures are cut into pieces, each the work of one process, and where the pieces go."""
+
+    length: int  # pictures a piece: whole batches
+    backlog: int  # files that may wait to be written while the encoder goes on
+    shards: list[str] = field(default_factory=list)  # a file name a piece; none where a picture has its own file
 
 
 def fingerprint(picture: Path) -> list[int]:
@@ -130,20 +137,12 @@ def fingerprint(picture: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: list[int]) -> None:
-    entry = {"latent": latent.cpu().clone(), "source": source}
-    if flipped is not None:
-        entry["flipped"] = flipped.cpu().clone()
-    with written_whole(path) as beside, open(beside, "wb") as file:
-        torch.save(entry, file)  # given a path, torch would write the unfinished file's name into it
-
-
-def read_latent(path: Path) -> dict:
-    """A store entry, checked for its form."""
-    entry = load_data(path, "latent of the store")
-    if not isinstance(entry, dict) or not isinstance(entry.get("latent"), Tensor) or entry["latent"].ndim != 3:
-        raise UserError(f"{path}: not a latent of the store (a dict with 'latent' of shape (C, h, w))")
-    return entry
+def is_unchanged(picture: Path, source: list[int]) -> bool:
+    """Whether the picture file is there and has the fingerprint `source`."""
+    try:
+        return fingerprint(picture) == source
+    except OSError:  # it has gone just now; the reason is told when it is read
+        return False
 
 
 def channel_statistics(parts: Iterable[Tensor]) -> tuple[list[float], list[float]]:
@@ -155,3 +154,8 @@ def channel_statistics(parts: Iterable[Tensor]) -> tuple[list[float], list[float
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
     return mean.tolist(), torch.where(std > 1e-6, std, 1.0).tolist()  # a constant channel stays as it is
+
+
+def shown(sides: Iterable[int]) -> str:
+    """Sides for people: 64 x 48."""
+    return " x ".join(map(str, sides))

@@ -1,6 +1,6 @@
 """What a checkpoint's transfers are worth on held-out pictures: every figure of evaluate.py, with its uncertainty.
 
-A `Evaluator` is made once from the training and the test pictures; it then measures any checkpoint and settings.
+An `Evaluator` is built once of the training and the test pictures; it then measures any checkpoint and settings.
 """
 
 import functools
@@ -61,7 +61,7 @@ class Direction:
     @functools.cached_property
     def figures(self) -> dict[str, Estimate | float | int]:
         """What is reported: a value a picture as its mean with an interval."""
-        return {name: bootstrap(each) if isinstance(each, Tensor) else each for name, each in self.values.items()}
+        return {name: bootstrap(value) if isinstance(value, Tensor) else value for name, value in self.values.items()}
 
 
 @dataclass
@@ -80,25 +80,26 @@ class Evaluation:
         A picture is transferred to several styles, and those transfers are not independent: where there is a value a
         picture, the mean of each picture's own comes first, and the interval is over pictures.
         """
-        values = [each.values.get(figure) for each in self.directions]
+        values = [direction.values.get(figure) for direction in self.directions]
         if any(value is None for value in values):
             return None
         if not all(isinstance(value, Tensor) for value in values):
             return sum(value.mean if isinstance(value, Estimate) else value for value in values) / len(values)
         by_picture = defaultdict(list)
-        for each, value in zip(self.directions, values, strict=True):
-            for name, number in zip(each.names, value.tolist(), strict=True):
-                by_picture[name if self.paired else (each.source, name)].append(number)
-        return bootstrap(torch.tensor([sum(each) / len(each) for each in by_picture.values()], dtype=torch.float64))
+        for direction, value in zip(self.directions, values, strict=True):
+            for name, number in zip(direction.names, value.tolist(), strict=True):
+                by_picture[name if self.paired else (direction.source, name)].append(number)
+        means = [sum(numbers) / len(numbers) for numbers in by_picture.values()]
+        return bootstrap(torch.tensor(means, dtype=torch.float64))
 
 
 @dataclass
 class _Transfers:
     """What became of the pictures of one style on the way to another."""
 
-    latents: list[Tensor] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)  # (B, C, h, w) a batch
     cycles: list[Tensor] = field(default_factory=list)  # (B,) rms of a -> b -> a
-    trips: Certificate = field(default_factory=Certificate)
+    certificate: Certificate = field(default_factory=Certificate)  # of the way back
 
 
 def load_styles(
@@ -127,16 +128,16 @@ def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] |
 
 
 def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None) -> Iterator[tuple[str, Tensor]]:
-    none = True
+    found = False
     for name in (images.find_pictures(folder) if names is None else names)[:limit]:
         try:
             picture = images.square(images.open_picture(folder / name), size)
         except UserError as error:
             print(f"skipped: {error}")
             continue
-        none = False
+        found = True
         yield name.with_suffix("").as_posix(), images.to_pixels(images.to_bytes(picture))
-    if none:
+    if not found:
         raise UserError(f"{folder}: no pictures of style {folder.name}; --data needs a folder for each style")
 
 
@@ -158,18 +159,15 @@ class Evaluator:
                 raise UserError(f"--pairs: no file name of {source} is one of {target} as well")
         self.test_latents = {style: _encode(pipeline, _stack(test[style])) for style in self.styles}
         # The classifier sees pictures that went through the codec, so that its blur does not pass for a style.
-        size = (pipeline.spec.image_size,) * 2
-        most = max(16, CLASSIFIED // (3 * size[0] ** 2 * len(self.styles)))
-        some = [train[style][:: math.ceil(len(train[style]) / most)] for style in self.styles]
-        seen = [_decode(pipeline, each, size) for each in some]
-        labels = [torch.full((len(part),), number) for number, part in enumerate(seen)]
-        self.classifier: StyleClassifier = train_style_classifier(torch.cat(seen), torch.cat(labels), len(seen))
-        self.seen = dict(zip(self.styles, seen, strict=True))
-        rebuilt = {style: _decode(pipeline, self.test_latents[style], size) for style in self.styles}
-        hits = [self.classifier.predict(rebuilt[style]) == number for number, style in enumerate(self.styles)]
-        self.classifier_accuracy = bootstrap(torch.cat(hits))
-        losses = [psnr(_stack(test[style]), rebuilt[style]).clamp_max(LOSSLESS) for style in self.styles]
-        self.reconstruction_psnr = bootstrap(torch.cat(losses))
+        per_style = max(16, CLASSIFIED // (3 * pipeline.spec.image_size**2 * len(self.styles)))
+        samples = {style: train[style][:: math.ceil(len(train[style]) / per_style)] for style in self.styles}
+        self.train_pictures = {style: _decode(pipeline, latents) for style, latents in samples.items()}
+        self.classifier = _classifier_of(self.train_pictures)
+        rebuilt = {style: _decode(pipeline, self.test_latents[style]) for style in self.styles}
+        correct = [self.classifier.predict(rebuilt[style]) == number for number, style in enumerate(self.styles)]
+        self.classifier_accuracy = bootstrap(torch.cat(correct))
+        fidelity = [psnr(_stack(test[style]), rebuilt[style]).clamp_max(LOSSLESS) for style in self.styles]
+        self.reconstruction_psnr = bootstrap(torch.cat(fidelity))
 
     def measure(
         self,
@@ -185,12 +183,11 @@ class Evaluator:
         directions = directions or list(permutations(self.styles, 2))
         with tqdm(total=len(directions), desc=name or "evaluating", unit="direction", disable=quiet) as bar:
             for source in dict.fromkeys(source for source, _ in directions):
-                targets = [target for each, target in directions if each == source]
-                done, structures[source] = self._transfer(pipeline, settings, source, targets, quick, bar)
-                size = (pipeline.spec.image_size,) * 2
-                for target, made in done.items():
-                    results = _decode(pipeline, torch.cat(made.latents), size)
-                    result.directions.append(self._direction(source, target, made, results))
+                targets = [target for start, target in directions if start == source]
+                transfers, structures[source] = self._transfer(pipeline, settings, source, targets, quick, bar)
+                for target, transferred in transfers.items():
+                    results = _decode(pipeline, torch.cat(transferred.latents))
+                    result.directions.append(self._direction(source, target, transferred, results))
         if len(structures) > 1 and all(x0 is not None and len(x0) >= 5 for x0 in structures.values()):
             result.base = base_figures(structures)
         return result
@@ -202,43 +199,47 @@ class Evaluator:
 
         A batch is inverted once for all targets.
         """
-        a, done, structures = self.styles.index(source), {target: _Transfers() for target in targets}, []
-        batches = _stack(self.test[source]).split(BATCH)
-        for part in batches:
-            x1 = pipeline.encode(part)
+        a, transfers, structures = self.styles.index(source), {target: _Transfers() for target in targets}, []
+        batches = self.test_latents[source].split(BATCH)
+        for batch in batches:
+            x1 = batch.to(pipeline.device)
             inverted = None if settings.method == "flowedit" else pipeline.invert(x1, a, settings)
             if inverted:
                 structures.append(latents_of(inverted.state).cpu())
-            for target, so_far in done.items():
+            for target, transferred in transfers.items():
                 b = self.styles.index(target)
-                made = (
+                there = (
                     pipeline.generate(inverted, a, b, settings) if inverted else pipeline.transfer(x1, a, b, settings)
                 )
-                so_far.latents.append(made.latents.cpu())
+                transferred.latents.append(there.latents.cpu())
                 bar.update(1 / len(batches))
                 if quick:
                     continue
-                again = pipeline.transfer(made.latents, b, a, settings).latents
-                so_far.cycles.append((again - x1).square().flatten(1).mean(1).sqrt().cpu())
+                back = pipeline.transfer(there.latents, b, a, settings).latents
+                transferred.cycles.append((back - x1).square().flatten(1).mean(1).sqrt().cpu())
                 if inverted:
-                    so_far.trips.compare(LatticeState.at_picture(x1), pipeline.undo(made.end, a, b, settings)[1])
-        return done, torch.cat(structures) if structures else None
+                    undone = pipeline.undo(there.end, a, b, settings)[1]
+                    transferred.certificate.compare(LatticeState.at_picture(x1), undone)
+        return transfers, torch.cat(structures) if structures else None
 
-    def _direction(self, source: str, target: str, made: _Transfers, results: Tensor) -> Direction:
-        everything, partners = list(self.test[source]), self.test[target]
-        kept = [number for number, name in enumerate(everything) if not self.pairs or name in partners]
-        names, latents, results = [everything[number] for number in kept], torch.cat(made.latents)[kept], results[kept]
+    def _direction(self, source: str, target: str, transferred: _Transfers, results: Tensor) -> Direction:
+        """Every figure of one direction; `results` (N, 3, S, S) are the transfers of all the source's pictures."""
+        partners = self.test[target]
+        chosen = [number for number, name in enumerate(self.test[source]) if not self.pairs or name in partners]
+        names = [list(self.test[source])[number] for number in chosen]
+        latents, results = torch.cat(transferred.latents)[chosen], results[chosen]
         before = torch.stack([self.test[source][name] for name in names])
         truth = torch.stack([partners[name] for name in names]) if self.pairs else None
         values = self._style(results, before, target) | self._structure(results, before, truth)
         values |= self._distribution(latents, target)
         if self.perceptual:
             values |= self.perceptual.figures(results, before, _stack(self.test[target]))
-        if made.cycles:
-            values["cycle"] = torch.cat(made.cycles)[kept]
-        if made.trips.elements:
-            values |= {"round_trip_differing": made.trips.differing, "round_trip_elements": made.trips.elements}
-            values["round_trip_max"] = made.trips.largest * LATTICE  # in deviations of the latents
+        if transferred.cycles:
+            values["cycle"] = torch.cat(transferred.cycles)[chosen]
+        certificate = transferred.certificate
+        if certificate.elements:
+            values |= {"round_trip_differing": certificate.differing, "round_trip_elements": certificate.elements}
+            values["round_trip_max"] = certificate.largest * LATTICE  # in deviations of the latents
         columns = [before, results] + ([truth] if self.pairs else [])
         return Direction(source, target, names, values, [list(row) for row in zip(*columns, strict=True)])
 
@@ -249,7 +250,7 @@ class Evaluator:
             "style_success_before": self.classifier.predict(before) == number,
             "swd": sliced_wasserstein(results, real),
             "swd_before": sliced_wasserstein(before, real),
-            "swd_floor": sliced_wasserstein(self.seen[target], real),  # training against held-out pictures
+            "swd_floor": sliced_wasserstein(self.train_pictures[target], real),  # training against held-out pictures
             "lab": lab_distance(results, real),
             "lab_before": lab_distance(before, real),
         }
@@ -274,18 +275,18 @@ class Evaluator:
 
     def _distribution(self, latents: Tensor, target: str) -> dict[str, Tensor | Estimate | float]:
         train, test = self.train_latents[target], self.test_latents[target]
-        known, made, held = (latent_features(each) for each in (train, latents, test))
+        of_train, of_results, of_test = (latent_features(part) for part in (train, latents, test))
         values = {
             "nearest": nearest_distance(latents, train),
             "nearest_held_out": nearest_distance(test, train),  # of the target's own pictures, not of the sources
         }
-        if min(len(known), len(made), len(held)) < 2:  # one picture has no spread
+        if min(len(of_train), len(of_results), len(of_test)) < 2:  # one picture has no spread
             return values
         return values | {
-            "fld": frechet_distance(made, known),
-            "fld_floor": frechet_distance(held, known),
-            "kld": kernel_estimate(made, known),
-            "kld_floor": kernel_estimate(held, known),
+            "fld": frechet_distance(of_results, of_train),
+            "fld_floor": frechet_distance(of_test, of_train),
+            "kld": kernel_estimate(of_results, of_train),
+            "kld_floor": kernel_estimate(of_test, of_train),
         }
 
 
@@ -301,15 +302,14 @@ def base_figures(structures: dict[str, Tensor]) -> dict[str, Estimate | float]:
     power = torch.fft.fft2(x0).abs().square().mean((0, 1))
     height, width = (torch.fft.fftfreq(side).abs() for side in x0.shape[2:])
     low = torch.maximum(height[:, None], width[None]) <= 0.125
-    low[0, 0] = False  # the mean has a figure of its own
-    everything = torch.ones_like(low)
-    everything[0, 0] = False
+    varying = torch.ones_like(low)
+    low[0, 0] = varying[0, 0] = False  # the mean has a figure of its own
     return {
         "leakage": bootstrap(probe_accuracy(pooled, labels)),
         "leakage_chance": max(len(part) for part in structures.values()) / len(x0),
         "mean": x0.mean().item(),
         "deviation": x0.std().item(),
-        "low_band": (power[low].mean() / power[everything].mean()).item(),
+        "low_band": (power[low].mean() / power[varying].mean()).item(),
     }
 
 
@@ -321,6 +321,13 @@ def _encode(pipeline: Pipeline, pixels: Tensor) -> Tensor:
     return torch.cat([pipeline.encode(part).cpu() for part in pixels.split(BATCH)])
 
 
-def _decode(pipeline: Pipeline, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    parts = [pipeline.decode(part.to(pipeline.device), *size).cpu() for part in latents.split(BATCH)]
+def _decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    side = pipeline.spec.image_size
+    parts = [pipeline.decode(part.to(pipeline.device), side, side).cpu() for part in latents.split(BATCH)]
     return torch.cat(parts).clamp(-1, 1)
+
+
+def _classifier_of(pictures: dict[str, Tensor]) -> StyleClassifier:
+    """Trained on pictures (N, 3, S, S) by style, the styles in id order."""
+    labels = [torch.full((len(part),), number) for number, part in enumerate(pictures.values())]
+    return train_style_classifier(torch.cat(list(pictures.values())), torch.cat(labels), len(pictures))

@@ -74,8 +74,8 @@ def edges(pixels: Tensor, threshold: float = 0.1) -> Tensor:
 def edge_f1(a: Tensor, b: Tensor, reach: int = 1) -> Tensor:
     """(B,) F1 of the edges of a and b, where an edge counts as met within `reach` pixels; 1 where neither has any."""
     of_a, of_b = edges(a).float(), edges(b).float()
-    near_a, near_b = (F.max_pool2d(each, 2 * reach + 1, 1, reach) for each in (of_a, of_b))
-    count_a, count_b = (each.flatten(1).sum(1) for each in (of_a, of_b))
+    near_a, near_b = (F.max_pool2d(edge, 2 * reach + 1, 1, reach) for edge in (of_a, of_b))
+    count_a, count_b = (edge.flatten(1).sum(1) for edge in (of_a, of_b))
     precision = (of_a * near_b).flatten(1).sum(1) / count_a.clamp_min(1)
     recall = (of_b * near_a).flatten(1).sum(1) / count_b.clamp_min(1)
     score = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
@@ -103,13 +103,13 @@ def self_similarity_distance(a: Tensor, b: Tensor) -> Tensor:
     return (self_similarity(a) - self_similarity(b)).abs().flatten(1).mean(1)
 
 
-def retrieval(made: Tensor, truth: Tensor, side: int = 16) -> Tensor:
-    """(B,) bool: of all pictures in `truth`, is the one at its own place the most like each of `made`?
+def retrieval(results: Tensor, truth: Tensor, side: int = 16) -> Tensor:
+    """(B,) bool: of all pictures in `truth`, is the one at its own place the most like each of `results`?
 
     By the correlation of luminance at `side` x `side` pixels; ties are no hits.
     """
-    a, b = (F.interpolate(luminance(each), (side, side), mode="area").flatten(1) for each in (made, truth))
-    a, b = (F.normalize(each - each.mean(1, keepdim=True), dim=1, eps=1e-4) for each in (a, b))
+    a, b = (F.interpolate(luminance(part), (side, side), mode="area").flatten(1) for part in (results, truth))
+    a, b = (F.normalize(grey - grey.mean(1, keepdim=True), dim=1, eps=1e-4) for grey in (a, b))
     likeness = a @ b.T
     own = likeness.diagonal()
     return (likeness >= own[:, None] - 1e-6).sum(1) == 1
@@ -189,10 +189,10 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 128, patches: in
     smallest = min(*a.shape[2:], *b.shape[2:])
     for scale in (scale for scale in (1, 2, 4) if smallest // scale >= 7):
         small = [F.avg_pool2d(pixels, scale) for pixels in (a, b)]
-        count = min(patches, *(len(each) * (each.shape[2] - 6) * (each.shape[3] - 6) for each in small))
-        sets = [_random_patches(each, count, seed) for each in small]  # the same places in sets of one size
+        count = min(patches, *(len(part) * (part.shape[2] - 6) * (part.shape[3] - 6) for part in small))
+        sets = [_random_patches(part, count, seed) for part in small]  # the same places in sets of one size
         directions = F.normalize(torch.randn(sets[0].shape[1], projections, generator=generator), dim=0)
-        ordered = [(each @ directions).sort(0).values for each in sets]
+        ordered = [(points @ directions).sort(0).values for points in sets]
         distances.append((ordered[0] - ordered[1]).square().mean().sqrt().item())
     return sum(distances) / len(distances)
 
@@ -224,8 +224,8 @@ def lab_distance(a: Tensor, b: Tensor, points: int = 1024) -> float:
     """1-Wasserstein distance between the histograms of L*, a* and b* over all pixels, the mean of the three."""
     levels = (torch.arange(points) + 0.5) / points
     quantiles = [
-        torch.stack([_quantiles(channel, levels) for channel in to_lab(each).transpose(0, 1).flatten(1)])
-        for each in (a, b)
+        torch.stack([_quantiles(channel, levels) for channel in to_lab(pixels).transpose(0, 1).flatten(1)])
+        for pixels in (a, b)
     ]
     return (quantiles[0] - quantiles[1]).abs().mean().item()
 
@@ -250,7 +250,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     arXiv:1706.08500, eq. 6. On `latent_features` it is named FLD: it is no FID, whose features are Inception's.
     """
-    means, covariances = zip(*((each.mean(0), torch.cov(each.T)) for each in (a, b)), strict=True)
+    means, covariances = zip(*((features.mean(0), torch.cov(features.T)) for features in (a, b)), strict=True)
     values, vectors = torch.linalg.eigh(covariances[0])
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     middle = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp_min(0).sqrt().sum()
@@ -273,8 +273,11 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 def kernel_estimate(a: Tensor, b: Tensor, subsets: int = 100, size: int = 100, seed: int = 0) -> Estimate:
     """The kernel distance as the mean over random subsets, and where 95 % of them lie; on `latent_features`: KLD."""
     generator, size = torch.Generator().manual_seed(seed), min(size, len(a), len(b))
-    drawn = [[each[torch.randperm(len(each), generator=generator)[:size]] for each in (a, b)] for _ in range(subsets)]
-    values = torch.tensor([kernel_distance(x, y) for x, y in drawn], dtype=torch.float64)
+
+    def subset(features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:size]]
+
+    values = torch.tensor([kernel_distance(subset(a), subset(b)) for _ in range(subsets)], dtype=torch.float64)
     low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(values.mean().item(), low, high)
 
@@ -298,7 +301,7 @@ def probe_accuracy(features: Tensor, labels: Tensor, folds: int = 5, seed: int =
         test, train = order[is_test], order[~is_test]
         inner = train[::4], torch.cat([train[1::4], train[2::4], train[3::4]])
         penalties = [0.1, 1.0, 10.0, 100.0, 1000.0]
-        scores = [_ridge_hits(features, labels, inner[1], inner[0], each).double().mean() for each in penalties]
+        scores = [_ridge_hits(features, labels, inner[1], inner[0], value).double().mean() for value in penalties]
         best = penalties[int(torch.stack(scores).argmax())]
         hits[test] = _ridge_hits(features, labels, train, test, best)
     return hits

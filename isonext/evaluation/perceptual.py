@@ -81,5 +81,5 @@ def _weights(name: str) -> Path:
 def _missing(packages: tuple[str, ...], weights: str) -> str | None:
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     if absent:
-        return f"{', '.join(absent)} not installed (pip install -r requirements-eval.txt)"
+        return f"{', '.join(absent)} not installed (pip install -r requirements/eval.txt)"
     return None if _weights(weights).exists() else f"no weights at {_weights(weights)} (see USAGE_GUIDE.md)"

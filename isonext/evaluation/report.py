@@ -82,18 +82,20 @@ def report_text(evaluator: Evaluator, results: list[Evaluation]) -> str:
 
 def _table(directions: list[Direction], columns: list[tuple[str, str, str | None]]) -> list[str]:
     lines = [f"| direction | {' | '.join(title for title, _, _ in columns)} |", f"|{' --- |' * (1 + len(columns))}"]
-    for each in directions:
+    for direction in directions:
+        figures = direction.figures
         cells = [
-            _show(each.figures.get(figure)) + (f" ({_brief(each.figures.get(other))})" if other else "")
+            _show(figures.get(figure)) + (f" ({_brief(figures.get(other))})" if other else "")
             for _, figure, other in columns
         ]
-        lines.append(f"| {each.source} -> {each.target} ({len(each.names)}) | {' | '.join(cells)} |")
+        name = f"{direction.source} -> {direction.target} ({len(direction.names)})"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 def _sweep_table(results: list[Evaluation]) -> list[str]:
     columns = [column for column in SWEEP if results[0].mean(column[1]) is not None]
-    chosen = front([_point(each) for each in results])
+    chosen = front([_point(result) for result in results])
     lines = [
         "Means over all directions, intervals over pictures; * is on the front: no other is better in both style "
         "success and SSIM to source.",
@@ -103,7 +105,7 @@ def _sweep_table(results: list[Evaluation]) -> list[str]:
     ]
     for number, result in enumerate(results):
         cells = " | ".join(_show(result.mean(figure)) for _, figure in columns)
-        differing = [each.figures.get("round_trip_differing") for each in result.directions]
+        differing = [direction.figures.get("round_trip_differing") for direction in result.directions]
         trip = "-" if None in differing else f"{sum(differing)} differ"
         star = "*" if number in chosen else ""
         leakage = _show(result.base.get("leakage"))
@@ -118,8 +120,8 @@ def _point(result: Evaluation) -> tuple[float, float]:
 def label(result: Evaluation, among: list[Evaluation]) -> str:
     """What tells one evaluation from the others: its checkpoint, where there are several, and what was swept."""
     settings = asdict(result.settings)
-    varied = [name for name in settings if len({getattr(each.settings, name) for each in among}) > 1]
-    parts = [result.name] if len({each.name for each in among}) > 1 else []
+    varied = [name for name in settings if len({getattr(other.settings, name) for other in among}) > 1]
+    parts = [result.name] if len({other.name for other in among}) > 1 else []
     return ", ".join(parts + [f"{name} {getattr(result.settings, name)}" for name in varied]) or result.name
 
 
@@ -140,27 +142,27 @@ def write_report(evaluator: Evaluator, results: list[Evaluation], folder: Path) 
         "not_measured": evaluator.perceptual.missing if evaluator.perceptual else [],
         "results": [
             {
-                "name": each.name,
-                "settings": asdict(each.settings),
-                "means": _plain({figure: each.mean(figure) for _, figure in SWEEP}),
-                "base": _plain(each.base),
+                "name": result.name,
+                "settings": asdict(result.settings),
+                "means": _plain({figure: result.mean(figure) for _, figure in SWEEP}),
+                "base": _plain(result.base),
                 "directions": [
                     {"source": d.source, "target": d.target, "pictures": len(d.names)} | _plain(d.figures)
-                    for d in each.directions
+                    for d in result.directions
                 ],
             }
-            for each in results
+            for result in results
         ],
     }
     with written_whole(folder / "metrics.json") as beside:
         beside.write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")
     with written_whole(folder / "report.md") as beside:
-        settings = "\n".join(f"{each.name}: {_settings(each.settings)}" for each in results)
+        settings = "\n".join(f"{result.name}: {_settings(result.settings)}" for result in results)
         beside.write_text(f"{settings}\n\n{report_text(evaluator, results)}\n", encoding="utf-8")
     if len(results) > 1:
         plot_front(results, folder / "front.png")
         return [folder / "front.png"]
-    return [save_sheet(each, folder) for each in results[0].directions]
+    return [save_sheet(direction, folder) for direction in results[0].directions]
 
 
 def save_sheet(direction: Direction, folder: Path, count: int = 8, across: int = 3) -> Path:
@@ -189,7 +191,7 @@ def plot_front(results: list[Evaluation], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [_point(each) for each in results]
+    points = [_point(result) for result in results]
     chosen = sorted(front(points), key=lambda number: points[number])
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     axes.plot(*zip(*(points[number] for number in chosen), strict=True), color="tab:red", linewidth=1, zorder=1)

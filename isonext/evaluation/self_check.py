@@ -162,7 +162,7 @@ def check_speed(check: Checks, device: torch.device) -> None:
     print("        benchmarks/train_step.py adds torch.compile to this")
 
 
-def smoke(device: torch.device) -> int:
+def run_checks(device: torch.device) -> int:
     """All checks in turn; 0, or 1 where one failed."""
     check = Checks()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

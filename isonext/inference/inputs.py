@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from isonext.data import images
-from isonext.data.store import read_latent
+from isonext.data.pt_store import read_latent
 from isonext.errors import UserError
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from isonext.checkpoint import load_checkpoint, network_of
-from isonext.data.dataset import load_split
+from isonext.data.dataset import load_split, open_store
 from isonext.data.external import find_store, survey
 from isonext.data.shards import Rows
-from isonext.data.store import LatentSpec, open_store
+from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.pipeline import load_codec
 from isonext.training.memory_plan import print_plan

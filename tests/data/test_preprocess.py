@@ -11,8 +11,9 @@ from PIL import Image
 from helpers import ROOT, call
 from isonext.config import config_to_dict
 from isonext.data.autoencoder import load_autoencoder
+from isonext.data.dataset import open_store
 from isonext.data.preprocess import preprocess
-from isonext.data.store import open_store, read_meta
+from isonext.data.store import read_meta
 from isonext.errors import UserError
 from preprocess_latents import build_parser, main
 

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from isonext.config import config_to_dict
 from isonext.data import preprocess as preprocessing
-from isonext.data import shards
-from isonext.data.dataset import load_split
+from isonext.data import shard_store
+from isonext.data.dataset import load_split, open_store
 from isonext.data.preprocess import preprocess
-from isonext.data.shards import Row, Rows, read_alike, read_shard, shard_paths, tidy, write_shard
-from isonext.data.store import fingerprint, open_store
+from isonext.data.shard_store import ShardStore
+from isonext.data.shards import Rows, read_alike, read_shard, shard_paths, write_shard
+from isonext.data.store import LatentSpec, Row, StoreMeta, fingerprint
 from isonext.errors import UserError
 from preprocess_latents import build_parser, main
 
@@ -25,7 +26,7 @@ FIRST, SECOND, THIRD = (f"latents-{number:05}.safetensors" for number in range(3
 @pytest.fixture
 def config(store, make_config, monkeypatch):
     """Of a store in `shards/` beside the one of single files, with 16 pictures a shard."""
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shard_store, "SHARD_BYTES", 1)
     return make_config(store, {"data.format": "safetensors", "data.data_root": str(store / "shards")})
 
 
@@ -104,13 +105,20 @@ def test_turning_flip_off_mixes_old_shards_with_new_ones(root, store, draw, conf
     assert load_split(root, meta, "train").latents.shape[:2] == (1, len(meta.split["train"]))
 
 
+def shard_store_of(root, styles: list[str], channels=4, factor=8, size=512, flip=True) -> ShardStore:
+    spec = LatentSpec("none", channels, factor, size, styles)
+    return ShardStore(root, StoreMeta(spec, flip, layout="safetensors"))
+
+
 def test_a_shard_is_bounded_in_bytes_and_of_whole_batches(tmp_path):
     (tmp_path / FIRST).touch()
-    plan = shards.plan_shards(tmp_path, 5000, 131072, 16, ["a"])  # 4 x 64 x 64 float32, twice
+    store = shard_store_of(tmp_path, ["a"])
+    plan = store.plan(5000, 16)
+    assert store.meta.picture_bytes == 131072  # 4 x 64 x 64 float32, twice
     assert (plan.length, plan.length * 131072) == (512, 2**26)
-    assert plan.names[:2] == [SECOND, THIRD] and len(plan.names) == 10
-    assert shards.plan_shards(tmp_path, 1, 2**40, 16, ["a"]).length == 16
-    assert shards.plan_shards(tmp_path, 0, 64, 16, ["a"]).names == []
+    assert plan.shards[:2] == [SECOND, THIRD] and len(plan.shards) == 10
+    assert shard_store_of(tmp_path, ["a"], channels=2**25).plan(1, 16).length == 16
+    assert shard_store_of(tmp_path, ["a"], channels=1, size=16).plan(0, 16).shards == []
 
 
 def test_the_command_takes_the_format(store, make_config, monkeypatch, capsys):
@@ -159,14 +167,14 @@ def test_a_shard_left_empty_goes_and_its_number_is_free(root, store, config, cpu
 
 def test_a_run_that_ended_midway_goes_on_and_keeps_its_finished_shards(root, store, config, cpu, monkeypatch):
     config.data.data_root = str(store / "killed")
-    write = preprocessing.write_shard
+    write = shard_store.write_shard
 
     def fail(path, *arguments):
         if path.name == SECOND:
             raise OSError("killed")
         write(path, *arguments)
 
-    monkeypatch.setattr(preprocessing, "write_shard", fail)
+    monkeypatch.setattr(shard_store, "write_shard", fail)
     with pytest.raises(OSError, match="killed"):
         preprocess(config, cpu, quiet=True)
     finished = snapshot(store / "killed")
@@ -174,7 +182,7 @@ def test_a_run_that_ended_midway_goes_on_and_keeps_its_finished_shards(root, sto
     with pytest.raises(UserError, match="not finished"):
         open_store(store / "killed")
     monkeypatch.undo()
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shard_store, "SHARD_BYTES", 1)
     report = preprocess(config, cpu, quiet=True)
     assert (report.encoded, report.kept) == (4, 16)
     assert snapshot(store / "killed")[FIRST] == finished[FIRST], "not written again"
@@ -205,14 +213,12 @@ def test_bad_pictures_are_skipped_and_take_no_row(root, store, config, cpu):
 
 def test_several_processes_write_the_shards_of_one(root, store, config, cpu, monkeypatch):
     todo = [(f"{path.parent.name}/{path.name}.pt", path) for path in sorted((store / "raw").rglob("*.png"))]
-    plan, codec = (
-        shards.plan_shards(store / "two", 20, 1, 16, ["ink", "oil"]),
-        preprocessing.load_autoencoder("dct", cpu),
-    )
+    other = shard_store_of(store / "two", ["ink", "oil"], channels=12, factor=4, size=16)
+    work, codec = preprocessing.Work(other, todo, other.plan(20, 16), 0), preprocessing.load_autoencoder("dct", cpu)
     for number in ("1", "0"):
         for name, value in {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
-        done = preprocessing.encode(todo, store / "two", codec, config, cpu, True, plan)
+        done = preprocessing.encode(work, codec, config, cpu, True)
         assert list(done) == [entry for entry, _ in (todo[16:] if number == "1" else todo[:16])]
         assert len(shard_paths(store / "two")) == 2 - int(number)
     assert contents(store / "two") == {name: data for name, data in contents(root).items() if name != "meta.json"}
@@ -364,12 +370,17 @@ def test_opening_shards_reads_none_of_their_latents(tmp_path):
     assert psutil.Process().memory_info().rss - before < 2**24
 
 
-def test_tidy_keeps_a_row_once(tmp_path):
+def test_taking_stock_keeps_a_row_once(tmp_path):
+    pictures = {f"ink/{name}.pt": tmp_path / name for name in "ab"}
+    for picture in pictures.values():
+        picture.write_text("a picture")
     rows = [
-        Row(f"ink/{name}.pt", [1, 2], torch.full((2, 1, 1), value), None) for name, value in (("a", 1.0), ("b", 2.0))
+        Row(entry, fingerprint(picture), torch.full((2, 1, 1), value), None)
+        for (entry, picture), value in zip(pictures.items(), (1.0, 2.0), strict=True)
     ]
     write_shard(tmp_path / FIRST, rows[:1], ["ink"])
     write_shard(tmp_path / SECOND, rows, ["ink"])  # a again, as after a restored backup
-    assert tidy(tmp_path, lambda entry, source: source == [1, 2], 1, ["ink"]) == {"ink/a.pt", "ink/b.pt"}
+    store = shard_store_of(tmp_path, ["ink"], channels=2, factor=8, size=8, flip=False)
+    assert store.take_stock(pictures) == (0, {"ink/a.pt", "ink/b.pt"})
     assert [list(read_shard(path).pictures) for path in shard_paths(tmp_path)] == [["ink/a.pt"], ["ink/b.pt"]]
     assert load_file(tmp_path / SECOND)["latents"].flatten().tolist() == [2.0, 2.0]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isonext.config import config_to_dict
+from isonext.data.dataset import open_store
 from isonext.data.preprocess import preprocess
 from isonext.data.splits import group_pictures, held_out, split_off
-from isonext.data.store import open_store
 from isonext.errors import UserError
 from preprocess_latents import build_parser, main
 

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isonext.data.dataset import load_split
+from isonext.data.dataset import load_split, open_store
 from isonext.data.preprocess import preprocess
+from isonext.data.pt_store import read_latent, write_latent
 from isonext.data.splits import held_out
-from isonext.data.store import LatentSpec, StoreMeta, fingerprint, open_store, read_latent, read_meta, write_latent
+from isonext.data.store import LatentSpec, StoreMeta, fingerprint, read_meta
 from isonext.errors import UserError
 
 

@@ -61,7 +61,7 @@ def test_without_the_weights_each_figure_has_a_line_that_says_where_they_belong(
 def test_without_the_packages_the_line_names_the_file_that_installs_them(monkeypatch):
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
     lines = Perceptual(64).missing
-    assert all("requirements-eval.txt" in line for line in lines) and "torch_fidelity" in lines[0]
+    assert all("requirements/eval.txt" in line for line in lines) and "torch_fidelity" in lines[0]
 
 
 def test_pictures_too_small_for_lpips_are_said_to_be(measured):

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from isonext.data.store import LatentSpec, write_latent
+from isonext.data.pt_store import write_latent
+from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.inference.inputs import Job, find_jobs, load_batches, load_stored_latent
 from isonext.utils.io import ahead, in_background, written_whole

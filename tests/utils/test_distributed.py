@@ -18,6 +18,8 @@ from benchmarks.kill_resume import SETTING
 from helpers import CHECKPOINT, ROOT, call, draw_styles, launch, launch_by, start_ranks
 from isonext.checkpoint import epoch_checkpoints, load_checkpoint
 from isonext.data import preprocess as preprocessing
+from isonext.data.dataset import open_store
+from isonext.data.pt_store import PtStore
 from isonext.errors import UserError
 from isonext.inference import inputs
 from isonext.training.log import read_metrics
@@ -174,9 +176,7 @@ def test_two_processes_write_the_same_store_as_one_even_after_a_kill(studio, tmp
     assert one.returncode == 1, one.stderr
 
     flags = ("--set", "data.data_root=two")
-    script = faulty(
-        tmp_path / "kill.py", "preprocess_latents.py", 1, "isonext.data.preprocess", "write_latent", 5, KILL
-    )
+    script = faulty(tmp_path / "kill.py", "preprocess_latents.py", 1, "isonext.data.pt_store", "write_latent", 5, KILL)
     killed = launch(tmp_path, script, *flags)
     assert killed.returncode != 0 and "rank 1 failed first, exitcode -9" in killed.stderr
     assert '"complete": false' in (tmp_path / "two/meta.json").read_text()
@@ -206,9 +206,11 @@ def as_rank(monkeypatch):
 def test_the_shares_of_preprocessing_are_whole_batches_and_everything_once(store, make_config, cpu, as_rank, tmp_path):
     todo = [(f"{path.parent.name}/{path.name}.pt", path) for path in sorted((store / "raw").rglob("*.png"))]
     codec, shares = preprocessing.load_autoencoder("dct", cpu), []
+    target = PtStore(tmp_path, open_store(store / "latents"))
+    work = preprocessing.Work(target, todo, target.plan(len(todo), preprocessing.BATCH), 0)
     for number in (0, 1):
         as_rank(number)
-        shares.append(list(preprocessing.encode(todo, tmp_path, codec, make_config(store), cpu, True)))
+        shares.append(list(preprocessing.encode(work, codec, make_config(store), cpu, True)))
     entries = [entry for entry, _ in todo]
     assert shares == [entries[:16], entries[16:]]
 

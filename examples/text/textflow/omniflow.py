@@ -1,7 +1,8 @@
 """The real OmniFlow (Li et al., arXiv:2412.01169; github.com/jacklishufan/OmniFlows) as a text model: its text stream.
 
 NOT RUN AGAINST THE REAL WEIGHTS. Written from the project's published code and tested against a stand-in with the same
-calls (tests/test_text_omniflow.py). Needs its package (`pip install -e .` in a clone) and the folder OmniFlow-v0.5.
+calls (tests/examples/text/test_omniflow.py). Needs its package (`pip install -e .` in a clone) and the folder
+OmniFlow-v0.5.
 
 Three calls are used, and one for the training of heads:
 

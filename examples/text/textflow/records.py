@@ -62,7 +62,7 @@ def read_datasets_folder(path: Path) -> tuple[Rows, Rows | None]:
     try:
         from datasets import Dataset, load_from_disk
     except ImportError:
-        raise UserError(f"{path}: to read it: pip install -r requirements-text.txt") from None
+        raise UserError(f"{path}: to read it: pip install -r requirements/text.txt") from None
     try:
         found = load_from_disk(str(path))
     except Exception as error:  # of many types: not a folder of datasets, a damaged one, one of another version

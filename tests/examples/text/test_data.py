@@ -282,5 +282,5 @@ def test_download_flags_are_checked_before_any_work(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             download(*flags)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install -r requirements-text\.txt"):
+    with pytest.raises(UserError, match=r"pip install -r requirements/text\.txt"):
         download("--coco", "--data-root", tmp_path)

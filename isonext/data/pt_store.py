@@ -1,0 +1,144 @@
+"""The layout `pt` of a store: one file a picture.
+
+data_root/<style>/<name.jpg>.pt         {"latent": (C, h, w), "flipped": (C, h, w), "source": [bytes, mtime_ns]}
+data_root/packed-train-0123abcd.npy     a split that memory does not hold, packed to be memory-mapped
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isonext.data.store import Row, StoreMeta, WritePlan, fingerprint, is_unchanged
+from isonext.errors import UserError
+from isonext.utils import distributed
+from isonext.utils.io import load_data, remove_unfinished, written_whole
+
+
+def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: list[int]) -> None:
+    entry = {"latent": latent.cpu().clone(), "source": source}
+    if flipped is not None:
+        entry["flipped"] = flipped.cpu().clone()
+    with written_whole(path) as beside, open(beside, "wb") as file:
+        torch.save(entry, file)  # given a path, torch would write the unfinished file's name into it
+
+
+def read_latent(path: Path) -> dict:
+    """A store entry, checked for its form."""
+    entry = load_data(path, "latent of the store")
+    if not isinstance(entry, dict) or not isinstance(entry.get("latent"), Tensor) or entry["latent"].ndim != 3:
+        raise UserError(f"{path}: not a latent of the store (a dict with 'latent' of shape (C, h, w))")
+    return entry
+
+
+@dataclass
+class PtStore:
+    """The files of a store in this layout; `meta` says which there are."""
+
+    root: Path
+    meta: StoreMeta
+
+    def check(self) -> None:
+        """UserError where a style has vanished."""
+        for style in self.meta.latents.styles:
+            if not (self.root / style).is_dir():
+                raise UserError(
+                    f"{self.root / style}: this style's folder has vanished; run preprocess_latents.py again"
+                )
+
+    #############################################################################
+    #                             Brought up to date                            #
+    #############################################################################
+
+    def stored_styles(self) -> set[str]:
+        """The styles that have latents here."""
+        return {style for style in self.meta.latents.styles if any((self.root / style).rglob("*.pt"))}
+
+    def take_stock(self, pictures: dict[str, Path]) -> tuple[int, set[str]]:
+        """Delete entries whose picture has gone, and what a killed run left unfinished.
+
+        `pictures` is entry -> picture. Returns how many entries went, and those that are up to date.
+        """
+        removed = 0
+        stored = [path for style in self.meta.latents.styles for path in (self.root / style).rglob("*.pt")]
+        for folder in {self.root, *(path.parent for path in stored)}:
+            remove_unfinished(folder)
+        for path in stored:
+            if path.exists() and path.relative_to(self.root).as_posix() not in pictures:
+                path.unlink()
+                removed += 1
+        return removed, {entry for entry, picture in pictures.items() if self._is_current(entry, picture)}
+
+    def _is_current(self, entry: str, picture: Path) -> bool:
+        path = self.root / entry
+        if not path.exists():
+            return False
+        try:
+            stored = read_latent(path)
+        except UserError:  # damaged: encode it again
+            return False
+        return is_unchanged(picture, stored.get("source")) and ("flipped" in stored or not self.meta.flip)
+
+    def plan(self, count: int, batch: int) -> WritePlan:
+        """For `count` new pictures that are encoded `batch` at once."""
+        return WritePlan(length=batch, backlog=4 * batch)
+
+    def writes(self, rows: list[Row], plan: WritePlan, piece: int) -> Iterator[tuple]:
+        """The calls, function first, that write a piece of the work."""
+        for row in rows:
+            yield write_latent, self.root / row.entry, row.latent, row.flipped, row.source
+
+    def discard(self, entry: str) -> None:
+        """Remove what is left of an entry whose picture cannot be read any more."""
+        (self.root / entry).unlink(missing_ok=True)
+
+    #############################################################################
+    #                                    Read                                   #
+    #############################################################################
+
+    def latents(self, names: list[str]) -> Iterator[Tensor]:
+        """The named entries', mirrored ones included, in parts (n, C, h, w)."""
+        for name in names:
+            entry = read_latent(self.root / name)
+            for part in ("latent", "flipped") if self.meta.flip else ("latent",):
+                yield entry[part][None]
+
+    def load(self, split: str, memory_limit: int) -> np.ndarray:
+        """A split's latents (copies, n, C, h, w), float32: in memory, or above `memory_limit` bytes memory-mapped from
+        one packed file, which is written once. Of several processes all must call this."""
+        names, spec = self.meta.split[split], self.meta.latents
+        shape = (self.meta.copies, len(names), spec.channels, *spec.space)
+        if len(names) * self.meta.picture_bytes > memory_limit:
+            return self._packed(split, names, shape)
+        latents = np.empty(shape, np.float32)
+        self._fill(latents, names)
+        return latents
+
+    def _packed(self, split: str, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
+        """One `.npy` of the whole split, written anew when any of its files has changed."""
+        state = repr([(name, fingerprint(self.root / name)) for name in names] + [shape])
+        path = self.root / f"packed-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
+        with distributed.in_turn():
+            if not path.exists():
+                for old in self.root.glob(f"packed-{split}-*.npy"):
+                    old.unlink()
+                remove_unfinished(self.root)
+                with written_whole(path) as beside:
+                    latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
+                    self._fill(latents, names)
+                    latents.flush()
+        return np.load(path, mmap_mode="r")
+
+    def _fill(self, latents: np.ndarray, names: list[str]) -> None:
+        """Read the named entries into `latents` (copies, n, C, h, w)."""
+        for number, name in enumerate(names):
+            entry = read_latent(self.root / name)
+            copies = [entry[part] for part in ("latent", "flipped")[: len(latents)] if part in entry]
+            if len(copies) < len(latents) or any(copy.shape != latents.shape[2:] for copy in copies):
+                raise UserError(f"{self.root / name}: does not match meta.json; run preprocess_latents.py again")
+            for copy, tensor in enumerate(copies):
+                latents[copy, number] = tensor.numpy()

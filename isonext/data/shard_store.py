@@ -1,0 +1,171 @@
+"""The layout `safetensors` of a store: shards of many pictures. And another program's shards, which are read alone.
+
+    data_root/latents-00000.safetensors     rows of pictures in the order in which they came, see shards.py
+
+A shard appears whole or not at all, and is written again only without the rows whose picture has gone or changed.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isonext.data.shards import OURS, Rows, Shard, read_alike, read_shard, shard_paths, write_shard
+from isonext.data.store import Row, StoreMeta, WritePlan, is_unchanged
+from isonext.errors import UserError
+from isonext.utils.io import remove_unfinished
+
+SHARD_BYTES = 2**26  # of latents; what a kill can cost at most, and many times what a read costs to begin
+
+
+@dataclass
+class ShardStore:
+    """The shards of a store of ours; `meta` says which pictures they hold."""
+
+    root: Path
+    meta: StoreMeta
+
+    def check(self) -> None:
+        """Nothing here: `rows` says which picture is missing, once the shards are opened."""
+
+    #############################################################################
+    #                             Brought up to date                            #
+    #############################################################################
+
+    def stored_styles(self) -> set[str]:
+        """The styles that have latents here."""
+        return {entry.partition("/")[0] for entry in self._entries()}
+
+    def _entries(self) -> set[str]:
+        """Those of all shards but the damaged ones."""
+        entries = set()
+        for path in shard_paths(self.root, OURS):
+            with contextlib.suppress(UserError):
+                entries |= read_shard(path).pictures.keys()
+        return entries
+
+    def take_stock(self, pictures: dict[str, Path]) -> tuple[int, set[str]]:
+        """Drop the rows whose picture has gone or changed, and what a killed run left unfinished.
+
+        `pictures` is entry -> picture. Returns how many entries went, and those that are up to date. A shard that loses
+        rows is written anew without them; one that is left empty, or is damaged, is deleted.
+        """
+        remove_unfinished(self.root)
+        removed = len(self._entries() - pictures.keys())
+        current: set[str] = set()
+        for path in shard_paths(self.root, OURS):
+            try:
+                shard = read_shard(path)
+            except UserError:  # damaged: its pictures are encoded again
+                path.unlink()
+                continue
+            rows = [row for row in _rows_of(shard, self.meta.copies) if row.entry not in current]
+            rows = [row for row in rows if row.entry in pictures and is_unchanged(pictures[row.entry], row.source)]
+            current |= {row.entry for row in rows}
+            if not rows:
+                path.unlink()
+            elif len(rows) < len(shard):
+                write_shard(path, rows, self.meta.latents.styles)
+        return removed, current
+
+    def plan(self, count: int, batch: int) -> WritePlan:
+        """For `count` new pictures that are encoded `batch` at once: shards under the lowest numbers that are free.
+
+        A shard is written before the next is begun, so that a kill costs no more than one.
+        """
+        length = max(1, SHARD_BYTES // (self.meta.picture_bytes * batch)) * batch
+        taken = {path.name for path in shard_paths(self.root, OURS)}
+        free = (name for number in itertools.count() if (name := f"latents-{number:05}.safetensors") not in taken)
+        return WritePlan(length, backlog=0, shards=list(itertools.islice(free, math.ceil(count / length))))
+
+    def writes(self, rows: list[Row], plan: WritePlan, piece: int) -> Iterator[tuple]:
+        """The call, function first, that writes a piece of the work; none where all its pictures are bad."""
+        if rows:
+            yield write_shard, self.root / plan.shards[piece], rows, self.meta.latents.styles
+
+    def discard(self, entry: str) -> None:
+        """Nothing is left of an entry whose picture cannot be read any more: `take_stock` dropped its row."""
+
+    #############################################################################
+    #                                    Read                                   #
+    #############################################################################
+
+    def latents(self, names: list[str]) -> Iterator[Tensor]:
+        """The named entries', mirrored ones included, in parts (n, C, h, w)."""
+        return _parts(self.rows(names))
+
+    def load(self, split: str, memory_limit: int) -> np.ndarray | Rows:
+        """A split's latents (copies, n, C, h, w), float32: in memory, or above `memory_limit` bytes memory-mapped."""
+        return _loaded_within(memory_limit, self.rows(self.meta.split[split]), self.meta)
+
+    def rows(self, names: list[str]) -> Rows:
+        """The named entries' rows, memory-mapped."""
+        shards = read_alike(shard_paths(self.root, OURS), self.meta.copies)
+        entries = (entry for shard in shards for entry in shard.pictures)
+        places = {entry: number for number, entry in enumerate(entries)}
+        missing = [name for name in names if name not in places]
+        if missing:
+            raise UserError(f"{self.root}: the shards lack {missing[0]!r}; run preprocess_latents.py again")
+        return _chosen_rows(self, shards, [places[name] for name in names])
+
+
+@dataclass
+class ExternalStore:
+    """Another program's shards. An entry is `<style>/<number of the row>`, counted through all files."""
+
+    root: Path
+    meta: StoreMeta
+
+    def latents(self, names: list[str]) -> Iterator[Tensor]:
+        """The named entries', mirrored ones included, in parts (n, C, h, w)."""
+        return _parts(self.rows(names))
+
+    def load(self, split: str, memory_limit: int) -> np.ndarray | Rows:
+        """As `ShardStore.load`."""
+        return _loaded_within(memory_limit, self.rows(self.meta.split[split]), self.meta)
+
+    def rows(self, names: list[str]) -> Rows:
+        """The named entries' rows, memory-mapped."""
+        shards = read_alike(shard_paths(self.root), self.meta.copies)
+        return _chosen_rows(self, shards, [int(name.rpartition("/")[2]) for name in names])
+
+
+def refuse_external(root: Path) -> None:
+    """UserError where the folder has another program's shards, which a store of ours would mix with."""
+    for path in shard_paths(root):
+        if not read_shard(path).pictures:
+            raise UserError(f"{path}: is another program's; use another data.data_root for the store")
+
+
+def _rows_of(shard: Shard, copies: int) -> Iterator[Row]:
+    """A shard's rows; none where it has fewer than `copies` copies of them."""
+    if len(shard.copies) < copies:
+        return
+    plain, *flipped = shard.copies
+    for number, (entry, source) in enumerate(shard.pictures.items()):
+        yield Row(entry, source, plain[number], flipped[0][number] if flipped else None)
+
+
+def _chosen_rows(store: ShardStore | ExternalStore, shards: list[Shard], numbers: list[int]) -> Rows:
+    """Rows by their numbers over all shards, checked against the store's meta."""
+    if not shards:
+        raise UserError(f"{store.root}: the shards lack every picture; run preprocess_latents.py again")
+    spec, copies = store.meta.latents, store.meta.copies
+    rows = Rows(shards, np.array(numbers, np.int64), copies)
+    if (len(shards[0].copies), *rows.shape[2:]) != (copies, spec.channels, *spec.space):
+        raise UserError(f"{store.root}: the shards do not match meta.json; run preprocess_latents.py again")
+    return rows
+
+
+def _loaded_within(memory_limit: int, rows: Rows, meta: StoreMeta) -> np.ndarray | Rows:
+    return rows.loaded() if rows.shape[1] * meta.picture_bytes <= memory_limit else rows
+
+
+def _parts(rows: Rows) -> Iterator[Tensor]:
+    return (torch.from_numpy(part) for _, _, part in rows.parts())
