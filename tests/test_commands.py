@@ -75,7 +75,9 @@ def imported_by(folder: Path, *arguments: str) -> set[str]:
     return {line.partition(".")[0] for line in lines}
 
 
-@pytest.mark.parametrize("name", ("preprocess_latents", "train", "inference", "evaluate", "test_model", "demo"))
+@pytest.mark.parametrize(
+    "name", ("preprocess_latents", "train", "inference", "evaluate", "sample", "test_model", "demo")
+)
 def test_help_imports_nothing_that_takes_long(name):
     found = imported_by(ROOT, f"{name}.py", "--help")
     assert "argparse" in found and not found & {"torch", "numpy", "scipy", "PIL", "diffusers", "accelerate"}

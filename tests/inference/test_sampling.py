@@ -37,10 +37,10 @@ class Slope:
 @pytest.mark.parametrize("method", ["alf", "midpoint", "heun", "rk4"])
 def test_a_sample_ends_where_the_guided_flow_leads(method):
     x0, style = torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 2])
-    how = TransferSettings(method=method, num_steps=4, cfg_scale=3.0)
-    made = sample(Slope([1.0, 4.0, -2.0]), x0, style, how)
+    settings = TransferSettings(method=method, num_steps=4, cfg_scale=3.0)
+    latents = sample(Slope([1.0, 4.0, -2.0]), x0, style, settings)
     # v_style + 2 (v_style - v_null), integrated: (1 + 2 * 3) / 2, (4 + 2 * 6) / 2, and the null style by itself
-    assert torch.allclose(made - x0, torch.tensor([3.5, 8.0, -1.0]).view(3, 1, 1, 1).expand_as(x0), atol=1e-4)
+    assert torch.allclose(latents - x0, torch.tensor([3.5, 8.0, -1.0]).view(3, 1, 1, 1).expand_as(x0), atol=1e-4)
 
 
 def test_guidance_keeps_to_its_interval_and_the_grid_is_shifted():
@@ -51,13 +51,13 @@ def test_guidance_keeps_to_its_interval_and_the_grid_is_shifted():
         return torch.zeros_like(x)
 
     model.null_style = 1
-    how = TransferSettings(method="euler", num_steps=4, cfg_scale=2.0, cfg_interval=(0.3, 1.0), time_shift=3.0)
-    sample(model, torch.zeros(1, 1, 2, 2), torch.tensor([0]), how)
+    settings = TransferSettings(method="euler", num_steps=4, cfg_scale=2.0, cfg_interval=(0.3, 1.0), time_shift=3.0)
+    sample(model, torch.zeros(1, 1, 2, 2), torch.tensor([0]), settings)
     # u = 0, 1/4, 1/2, 3/4 become 3 u / (1 + 2 u)
     assert seen == [(0.0, 1), (0.5, 2), (0.75, 2), (0.9, 2)]
 
 
-def test_a_sample_has_draw_noise_its_own():
+def test_a_sample_has_noise_of_its_own():
     class Some:
         base = Base()
 
@@ -131,9 +131,9 @@ def test_it_makes_what_the_flow_makes(within, studio):
     pipeline.bf16 = False
     noise = torch.randn(12, 8, 8, generator=(generator := seeded(4, "sample", 1)))
     layout = torch.randn(pipeline.base.power.shape, generator=generator)
-    how = TransferSettings(num_steps=3, cfg_scale=2.0, guidance="null", cfg_interval=config.inference.cfg_interval)
-    made = sample(pipeline, pipeline.base.sample(noise[None], layout[None]), torch.tensor([1]), how)
-    expected = pipeline.decode(made, 32, 32)[0].clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0)
+    settings = TransferSettings(num_steps=3, cfg_scale=2.0, guidance="null", cfg_interval=config.inference.cfg_interval)
+    latents = sample(pipeline, pipeline.base.sample(noise[None], layout[None]), torch.tensor([1]), settings)
+    expected = pipeline.decode(latents, 32, 32)[0].clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0)
     assert np.array_equal(np.asarray(Image.open(studio / "u" / "warm_001.png")), expected.numpy().astype(np.uint8))
 
 

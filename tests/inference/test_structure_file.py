@@ -29,9 +29,9 @@ def points(seed, shape=SHAPE, bound=2**62):
 
 def a_structure(seed=0, **changes) -> Structure:
     start, end = (LatticeState(points(seed + k), points(seed + k + 1)) for k in (0, 2))
-    how = TransferSettings(num_steps=7, strength=0.75, cfg_scale=2.5, cfg_interval=(0.1, 0.9), skip=2)
+    legs = TransferSettings(num_steps=7, strength=0.75, cfg_scale=2.5, cfg_interval=(0.1, 0.9), skip=2)
     bits = {"checkpoint": "c" * 64, "precision": "bf16", "compiled": False, "tf32": True, "device": "x", "torch": "2"}
-    return replace(Structure(start, end, "ink", "oil", how, (12, 8), "f" * 64, bits), **changes)
+    return replace(Structure(start, end, "ink", "oil", legs, (12, 8), "f" * 64, bits), **changes)
 
 
 def assert_same(one: Structure, other: Structure) -> None:
@@ -53,7 +53,7 @@ def refusal(path) -> str:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def saved(tmp_path_factory):
     """A structure file, its bytes, and how many of them are its header."""
     path = tmp_path_factory.mktemp("kept") / "kept.safetensors"
     save_structure(a_structure(), path)
@@ -71,7 +71,7 @@ def kept(tmp_path_factory):
     seed=st.integers(0, 10**6),
     shape=st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)),
     bound=st.sampled_from([1, 2**20, 2**53, 2**63 - 1]),
-    how=st.builds(
+    legs=st.builds(
         TransferSettings,
         num_steps=st.integers(1, 100),
         strength=st.floats(0, 1),
@@ -87,31 +87,33 @@ def kept(tmp_path_factory):
     ),
     names=st.tuples(st.text(max_size=8), st.sampled_from(["油画", "a/b", 'quo"te', "\x00"])),
 )
-def test_a_structure_comes_back_bit_for_bit_with_its_settings(tmp_path_factory, seed, shape, bound, how, names):
+def test_a_structure_comes_back_bit_for_bit_with_its_settings(tmp_path_factory, seed, shape, bound, legs, names):
     start, end = (LatticeState(points(seed + k, shape, bound), points(seed + k + 1, shape, bound)) for k in (0, 2))
-    made = a_structure(start=start, end=end, settings=how, source=names[0], target=names[1], size=(shape[2] * 4 - 1, 1))
+    whole = a_structure(
+        start=start, end=end, settings=legs, source=names[0], target=names[1], size=(shape[2] * 4 - 1, 1)
+    )
     path = tmp_path_factory.mktemp("round") / "a.safetensors"
-    save_structure(made, path)
-    assert_same(load_structure(path), made)
+    save_structure(whole, path)
+    assert_same(load_structure(path), whole)
 
 
 def test_the_smallest_and_the_largest_integers_survive(tmp_path):
     extremes = torch.tensor([-(2**63), 2**63 - 1, 0, -1, 2**53 + 1, 1]).view(1, 1, 2, 3)
-    made = a_structure(
+    whole = a_structure(
         start=LatticeState(extremes, -extremes.flip(3)), end=LatticeState(extremes.flip(2), extremes.neg())
     )
-    save_structure(made, tmp_path / "a.safetensors")
-    assert_same(load_structure(tmp_path / "a.safetensors"), made)
+    save_structure(whole, tmp_path / "a.safetensors")
+    assert_same(load_structure(tmp_path / "a.safetensors"), whole)
 
 
-def test_the_file_is_what_the_format_says_and_readable_without_this_program(kept):
-    path, _, _ = kept
-    made = a_structure()
+def test_the_file_is_what_the_format_says_and_readable_without_this_program(saved):
+    path, _, _ = saved
+    whole = a_structure()
     tensors = load_file(path)
     assert tensors.keys() == {"position", "defect", "end_position", "end_defect"}
-    assert torch.equal(tensors["position"], made.start.position) and torch.equal(tensors["defect"], made.start.defect)
-    assert torch.equal(tensors["end_position"], made.end.position)
-    assert torch.equal(tensors["end_defect"], made.end.defect)
+    assert torch.equal(tensors["position"], whole.start.position) and torch.equal(tensors["defect"], whole.start.defect)
+    assert torch.equal(tensors["end_position"], whole.end.position)
+    assert torch.equal(tensors["end_defect"], whole.end.defect)
     with safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["structure"])
     assert record["settings"]["num_steps"] == 7 and record["settings"]["skip"] == 2
@@ -121,16 +123,16 @@ def test_the_file_is_what_the_format_says_and_readable_without_this_program(kept
 def test_states_that_are_views_of_something_larger_are_kept_as_they_look(tmp_path):
     large = points(5, (4, 3, 2, 2))
     views = LatticeState(large[1:2].permute(0, 3, 2, 1), large[2:3].permute(0, 3, 2, 1))
-    made = a_structure(start=views, end=LatticeState(large[:1].mT, large[3:].mT))
-    save_structure(made, tmp_path / "a.safetensors")
-    assert_same(load_structure(tmp_path / "a.safetensors"), made)
+    whole = a_structure(start=views, end=LatticeState(large[:1].mT, large[3:].mT))
+    save_structure(whole, tmp_path / "a.safetensors")
+    assert_same(load_structure(tmp_path / "a.safetensors"), whole)
 
 
 def test_a_transfer_that_took_no_step_is_kept_although_both_its_ends_are_one_tensor(tmp_path):
     start = LatticeState(points(0), points(1))
-    made = a_structure(start=start, end=LatticeState(start.position, points(2)))
-    save_structure(made, tmp_path / "a.safetensors")
-    assert_same(load_structure(tmp_path / "a.safetensors"), made)
+    whole = a_structure(start=start, end=LatticeState(start.position, points(2)))
+    save_structure(whole, tmp_path / "a.safetensors")
+    assert_same(load_structure(tmp_path / "a.safetensors"), whole)
 
 
 def test_saving_again_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
@@ -146,8 +148,8 @@ def test_saving_again_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
 #################################################################################
 
 
-def test_a_file_cut_off_anywhere_is_refused(kept, tmp_path):
-    _, data, header = kept
+def test_a_file_cut_off_anywhere_is_refused(saved, tmp_path):
+    _, data, header = saved
     cut = tmp_path / "cut.safetensors"
     lengths = {*range(24), *range(24, len(data), 7), header - 1, header, header + 1, len(data) - 1}
     for length in lengths:
@@ -155,16 +157,16 @@ def test_a_file_cut_off_anywhere_is_refused(kept, tmp_path):
         refusal(cut)
 
 
-def test_bytes_too_many_are_refused(kept, tmp_path):
+def test_bytes_too_many_are_refused(saved, tmp_path):
     longer = tmp_path / "longer.safetensors"
-    longer.write_bytes(kept[1] + b"\0")
+    longer.write_bytes(saved[1] + b"\0")
     refusal(longer)
 
 
 @settings(deadline=None, max_examples=400)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), in_header=st.booleans())
-def test_one_changed_byte_anywhere_is_refused(kept, place, flip, in_header):
-    path, data, header = kept
+def test_one_changed_byte_anywhere_is_refused(saved, place, flip, in_header):
+    path, data, header = saved
     position = int(place * header) if in_header else header + int(place * (len(data) - header))
     changed = bytearray(data)
     changed[position] ^= flip
@@ -183,13 +185,13 @@ def metadata_of(path) -> dict:
 
 
 @pytest.mark.parametrize("name", ["position", "defect", "end_position", "end_defect"])
-def test_one_lattice_point_more_in_any_tensor_is_refused(kept, tmp_path, name):
-    tensors = load_file(kept[0])
+def test_one_lattice_point_more_in_any_tensor_is_refused(saved, tmp_path, name):
+    tensors = load_file(saved[0])
     tensors[name][0, 1, 2, 1] += 1
-    save_file(tensors, tmp_path / "a.safetensors", metadata_of(kept[0]))
+    save_file(tensors, tmp_path / "a.safetensors", metadata_of(saved[0]))
     assert "checksum" in refusal(tmp_path / "a.safetensors")
     tensors[name][0, 1, 2, 1] -= 1  # put back by other means than this program's, it is the file again
-    save_file(tensors, tmp_path / "a.safetensors", metadata_of(kept[0]))
+    save_file(tensors, tmp_path / "a.safetensors", metadata_of(saved[0]))
     assert_same(load_structure(tmp_path / "a.safetensors"), a_structure())
 
 
@@ -205,13 +207,13 @@ def test_one_lattice_point_more_in_any_tensor_is_refused(kept, tmp_path, name):
         {"extra": 1},
     ],
 )
-def test_an_edited_entry_is_refused_whatever_it_is(kept, tmp_path, edit):
-    metadata = metadata_of(kept[0])
+def test_an_edited_entry_is_refused_whatever_it_is(saved, tmp_path, edit):
+    metadata = metadata_of(saved[0])
     record = json.loads(metadata["structure"])
     for name, value in edit.items():
         record[name] = record[name] | value if value and isinstance(value, dict) else value
     metadata["structure"] = json.dumps(record, sort_keys=True)
-    save_file(load_file(kept[0]), tmp_path / "a.safetensors", metadata)
+    save_file(load_file(saved[0]), tmp_path / "a.safetensors", metadata)
     assert "was changed after it was written" in refusal(tmp_path / "a.safetensors")
 
 
@@ -242,22 +244,22 @@ def of_a_type_that_numpy_lacks(tensors):
 @pytest.mark.parametrize(
     "change", [swapped, without_one, with_one_more, reshaped, of_another_type, of_a_type_that_numpy_lacks]
 )
-def test_other_tensors_under_the_old_checksum_are_refused(kept, tmp_path, change):
-    save_file(change(load_file(kept[0])), tmp_path / "a.safetensors", metadata_of(kept[0]))
+def test_other_tensors_under_the_old_checksum_are_refused(saved, tmp_path, change):
+    save_file(change(load_file(saved[0])), tmp_path / "a.safetensors", metadata_of(saved[0]))
     refusal(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("missing", ["structure", "sha256"])
-def test_a_file_without_its_record_or_its_checksum_is_refused(kept, tmp_path, missing):
-    metadata = {name: text for name, text in metadata_of(kept[0]).items() if name != missing}
-    save_file(load_file(kept[0]), tmp_path / "a.safetensors", metadata)
+def test_a_file_without_its_record_or_its_checksum_is_refused(saved, tmp_path, missing):
+    metadata = {name: text for name, text in metadata_of(saved[0]).items() if name != missing}
+    save_file(load_file(saved[0]), tmp_path / "a.safetensors", metadata)
     assert "not a structure file" in refusal(tmp_path / "a.safetensors")
 
 
-def test_a_file_of_a_later_format_says_that_it_is_another_version_not_that_it_is_damaged(kept, tmp_path):
-    metadata = metadata_of(kept[0])
+def test_a_file_of_a_later_format_says_that_it_is_another_version_not_that_it_is_damaged(saved, tmp_path):
+    metadata = metadata_of(saved[0])
     metadata["structure"] = metadata["structure"].replace('"format": 1', '"format": 2')
-    save_file(load_file(kept[0]), tmp_path / "a.safetensors", metadata)
+    save_file(load_file(saved[0]), tmp_path / "a.safetensors", metadata)
     assert "another version" in refusal(tmp_path / "a.safetensors")
 
 
@@ -283,8 +285,8 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path):
     ],
     ids=lambda text: text[:8] or "empty",
 )
-def test_a_record_that_is_not_an_object_is_refused(kept, tmp_path, text):
-    save_file(load_file(kept[0]), tmp_path / "a.safetensors", {"structure": text, "sha256": ""})
+def test_a_record_that_is_not_an_object_is_refused(saved, tmp_path, text):
+    save_file(load_file(saved[0]), tmp_path / "a.safetensors", {"structure": text, "sha256": ""})
     refusal(tmp_path / "a.safetensors")
 
 
@@ -354,10 +356,10 @@ def test_another_run_is_refused_by_what_differs_and_only_where_it_matters(pipeli
 
 
 def test_one_changed_byte_of_the_checkpoint_is_another_checkpoint(pipeline, tmp_path):
-    made = a_structure(bits=fixed_bits(pipeline))
+    whole = a_structure(bits=fixed_bits(pipeline))
     pipeline.path.write_bytes(b"weights" * 999 + b"weightz")
     with pytest.raises(UserError, match="another checkpoint"):
-        refuse_other_bits(made, pipeline, tmp_path / "a.safetensors")
+        refuse_other_bits(whole, pipeline, tmp_path / "a.safetensors")
 
 
 #################################################################################
@@ -396,8 +398,8 @@ def test_the_certificate_adds_up_over_batches_and_its_sha256_is_that_of_its_pict
         certificate.compare(LatticeState(part, part), LatticeState(part.clone(), part.clone()))
     together = np.concatenate([part.numpy() for part in parts]).astype("<i8")
     assert certificate.elements == together.size == 6 * 18 and certificate.exact
-    each = sorted(hashlib.sha256(picture.tobytes()).hexdigest() for picture in together)
-    assert certificate.sha256 == hashlib.sha256("".join(each).encode()).hexdigest()
+    hashes = sorted(hashlib.sha256(picture.tobytes()).hexdigest() for picture in together)
+    assert certificate.sha256 == hashlib.sha256("".join(hashes).encode()).hexdigest()
     assert certificate.line("") == f"certificate: exact (0 of 108 elements differ), sha256 {certificate.sha256}"
     certificate.compare(state([1]), state([2]))
     certificate.compare(state([1]), state([1]))  # a later match does not make it exact again
