@@ -20,6 +20,7 @@ from isonext.inference.options import (
     SettingsOptions,
     TargetOptions,
     TransferOptions,
+    check_range,
 )
 from isonext.utils.cli import add_device_flags, new_parser, run
 
@@ -27,8 +28,38 @@ OF_A_PICTURE = ("input", "source_style", "save_structure", "min_structure", "str
 
 
 def read_options(args: argparse.Namespace) -> TransferOptions | RestyleOptions | RestoreOptions:
-    """What is asked for; flags that do not go together, or lie out of range, are refused."""
-    check_ranges(args)
+    """What is asked for. The options refuse values out of range; flags that do not go together are refused here."""
+    network = NetworkOptions(args.checkpoint, args.device, args.precision, args.compile, args.tile, args.batch_size)
+    check_range("tile", args.tile, 0)
+    if 0 < args.tile < 64:
+        raise UserError(f"--tile {args.tile}: must be 64 or more, or 0 for no tiles")
+    flags = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    strength = 1.0 if args.strength is None else args.strength
+    settings = SettingsOptions(args.config, tuple(args.overrides), flags, strength, args.seed)
+    targets = TargetOptions(args.target_style, args.interpolate and tuple(args.interpolate), args.frames)
+    check_combination(args)
+    if args.restore:
+        return RestoreOptions(network, args.restore, args.output)
+    if args.from_structure:
+        return RestyleOptions(network, settings, targets, args.from_structure, args.output, args.certify)
+    return TransferOptions(
+        network,
+        settings,
+        targets,
+        args.input,
+        args.output,
+        args.source_style,
+        size=args.size,
+        min_structure=args.min_structure,
+        certify=args.certify,
+        save_structure=args.save_structure,
+        compare=args.compare,
+        overwrite=args.overwrite,
+    )
+
+
+def check_combination(args: argparse.Namespace) -> None:
+    """UserError where a flag is missing, or does not go with the thing to do."""
     barred: tuple[str, ...] = ()
     if args.restore:
         barred = ("target_style", "interpolate", "from_structure", *OF_A_PICTURE, *SETTINGS)
@@ -45,41 +76,8 @@ def read_options(args: argparse.Namespace) -> TransferOptions | RestyleOptions |
             raise UserError(f"--{flag} does not go with --{other}: the structure file fixes it")
     if not args.restore and (args.target_style is None) == (args.interpolate is None):
         raise UserError("give either --target_style STYLE (or all), or --interpolate A B")
-    check_outputs(args)
-    network = NetworkOptions(args.checkpoint, args.device, args.precision, args.compile, args.tile)
-    if args.restore:
-        return RestoreOptions(network, args.restore, args.output)
-    flags = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    strength = 1.0 if args.strength is None else args.strength
-    settings = SettingsOptions(args.config, tuple(args.overrides), flags, strength, args.seed)
-    targets = TargetOptions(args.target_style, args.interpolate and tuple(args.interpolate), args.frames)
-    if args.from_structure:
-        return RestyleOptions(network, settings, targets, args.from_structure, args.output, args.certify)
-    rest = ("size", "batch_size", "min_structure", "certify", "save_structure", "compare", "overwrite")
-    of_pictures = {name: getattr(args, name) for name in rest}
-    return TransferOptions(network, settings, targets, args.input, args.output, args.source_style, **of_pictures)
-
-
-def check_ranges(args: argparse.Namespace) -> None:
-    limits = {"size": (1, None), "batch_size": (1, None), "tile": (0, None), "frames": (2, 10_000)}
-    limits |= {"strength": (0, 1), "min_structure": (-1, 1), "seed": (0, 2**63 - 1)}
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not (low <= value and (high is None or value <= high)):
-            raise UserError(f"--{name} {value}: must be {f'from {low} to {high}' if high else f'{low} or more'}")
-    if 0 < args.tile < 64:
-        raise UserError(f"--tile {args.tile}: must be 64 or more, or 0 for no tiles")
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """What one picture, or one target, cannot be asked for."""
-    several = args.interpolate is not None or args.target_style == "all"
     if args.compare and (args.restore or args.from_structure):
         raise UserError("--compare shows --input beside its transfer, and here is no --input")
-    if args.compare and several:
-        raise UserError("--compare is for one target; the sheet of several shows the picture already")
-    if args.save_structure and (several or args.input.is_dir()):
-        raise UserError("--save_structure keeps one picture's way to one style; give one picture and one target")
 
 
 def allowed(setting: str) -> tuple[str, ...]:

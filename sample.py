@@ -11,42 +11,31 @@ and many (torchrun) write the same files. A second run makes only what is missin
 import argparse
 from pathlib import Path
 
-from isonext.config import InferenceConfig
-from isonext.errors import UserError
+from isonext.config import SETTINGS, InferenceConfig
 from isonext.inference.options import NetworkOptions, SampleOptions, SettingsOptions
 from isonext.utils.cli import add_device_flags, new_parser, run
 
-SETTINGS = (
-    "method",
-    "num_steps",
-    "time_grid",
-    "time_shift",
-    "cfg_scale",
-    "cfg_interval",
-    "cfg_rescale",
-    "latent_clamp",
-)
+OF_A_TRANSFER = ("guidance", "inversion", "tolerance", "noise_samples")  # keys that are no flags of this command
+FLAGS = tuple(name for name in SETTINGS if name not in OF_A_TRANSFER)
 METHODS = tuple(
     name for name in InferenceConfig.__dataclass_fields__["method"].metadata["choices"] if name != "flowedit"
 )
 
 
 def read_options(args: argparse.Namespace) -> SampleOptions:
-    """What is asked for; flags out of range are refused."""
-    for name in ("num_samples", "num_samples_per_style", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be 1 or more")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be 0 or more")
-    if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output {args.output}: is a file; give a folder")
-    network = NetworkOptions(args.checkpoint, args.device, args.precision, args.compile, args.tile)
-    flags = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    settings = SettingsOptions(args.config, tuple(args.overrides), flags, seed=args.seed)
-    rest = ("num_samples_per_style", "num_samples", "batch_size", "npz", "overwrite")
-    counts = {name: getattr(args, name) for name in rest}
-    return SampleOptions(network, settings, args.output, tuple(args.styles or ()), **counts)
+    """What is asked for; the options refuse values out of range."""
+    flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    return SampleOptions(
+        NetworkOptions(args.checkpoint, args.device, args.precision, args.compile, args.tile, args.batch_size),
+        SettingsOptions(args.config, tuple(args.overrides), flags),
+        args.output,
+        styles=tuple(args.styles or ()),
+        num_samples_per_style=args.num_samples_per_style,
+        num_samples=args.num_samples,
+        seed=args.seed,
+        npz=args.npz,
+        overwrite=args.overwrite,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from isonext.inference.batch import transfer_batches
 from isonext.inference.inputs import Job, find_jobs, load_batches
+from isonext.inference.jobs import transfer_batches
 from isonext.inference.plan import Plan, Target
 from isonext.pipeline import load_pipeline, transfer_settings
 from isonext.utils.cli import add_device_flags, new_parser, run
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     settings = transfer_settings(config.inference)
     styles, size = pipeline.spec.styles, args.batch_size
     plan = Plan(pipeline, 0, [Target(styles[1], styles[1], 1)], settings)
-    legs, folder, written = [], [], []
+    legs, folder, skipped = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         jobs = find_jobs(args.data, Path(scratch))
         jobs = jobs[: len(jobs) // size * size]  # whole batches
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
             legs.append(size / (time.perf_counter() - started))
             anew = [Job(job.source, job.output.with_name(f"{number}_{job.output.name}")) for job in jobs]
             started = time.perf_counter()
-            report = transfer_batches(load_batches(anew, pipeline, None, size, written), plan, len(anew))
+            report = transfer_batches(load_batches(anew, pipeline, None, size, skipped), plan, len(anew))
             folder.append(report.done / (time.perf_counter() - started))
     bare, whole = statistics.median(legs[1:]), statistics.median(folder[1:])
     name = device_name(pipeline.device)

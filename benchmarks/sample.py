@@ -28,16 +28,12 @@ from isonext.utils.device import device_name, pick_device
 SAMPLE = Path(__file__).resolve().parents[1] / "sample.py"
 
 
-def rate(args: argparse.Namespace, processes: int) -> float:
-    """Pictures a second of one run into a folder that is thrown away."""
-    alone = [sys.executable]
-    many = [*alone, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    flags = ["--checkpoint", args.checkpoint, "--num_samples", args.num_samples, "--batch_size", args.batch_size]
-    flags += ["--num_steps", args.num_steps, "--cfg_scale", args.cfg_scale, "--device", args.device]
-    flags += ["--method", "alf", "--cfg_interval", 0, 1]  # so that the evaluations are known
+def measure_rate(flags: list[str], processes: int) -> float:
+    """Pictures a second of one run of sample.py into a folder that is thrown away."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [*(many if processes > 1 else alone), SAMPLE, *flags, "--output", scratch, "--compile", args.compile]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        command = [sys.executable, *(launcher if processes > 1 else []), str(SAMPLE), *flags, "--output", scratch]
+        done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"([\d.]+) pictures/s", done.stdout)
     if done.returncode or not found:
         raise UserError(f"sample.py failed: {done.stderr.strip() or done.stdout.strip()}")
@@ -53,11 +49,14 @@ def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     network = load_model(checkpoint, args.checkpoint, torch.device("cpu"))
-    rates = {1: [], 2: []}
+    flags = ["--method", "alf", "--cfg_interval", "0", "1"]  # so that the evaluations are known
+    for name in ("checkpoint", "num_samples", "batch_size", "num_steps", "cfg_scale", "device", "compile"):
+        flags += [f"--{name}", str(getattr(args, name))]
+    rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(args.rounds):
-        for processes, found in rates.items():
-            found.append(rate(args, processes))
-    one, two = (statistics.median(found) for found in rates.values())
+        for processes, measured in rates.items():
+            measured.append(measure_rate(flags, processes))
+    one, two = (statistics.median(measured) for measured in rates.values())
     matmul = matmul_rate(device)
     # alf evaluates the field once a step and twice more; guidance doubles each of these.
     nfe = (args.num_steps + 2) * (1 if args.cfg_scale == 1 else 2)

@@ -75,7 +75,9 @@ def imported_by(folder: Path, *arguments: str) -> set[str]:
     return {line.partition(".")[0] for line in lines}
 
 
-@pytest.mark.parametrize("name", ("preprocess_latents", "train", "inference", "evaluate", "test_model", "demo"))
+@pytest.mark.parametrize(
+    "name", ("preprocess_latents", "train", "inference", "evaluate", "sample", "test_model", "demo")
+)
 def test_help_imports_nothing_that_takes_long(name):
     found = imported_by(ROOT, f"{name}.py", "--help")
     assert "argparse" in found and not found & {"torch", "numpy", "scipy", "PIL", "diffusers", "accelerate"}
@@ -267,109 +269,3 @@ def test_debug_shows_the_traceback(studio):
     assert done.returncode != 0 and "Traceback" in done.stderr
     done = call(studio, "train.py", "--config", "nowhere.json")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-
-
-#################################################################################
-#                                   The scripts                                 #
-#################################################################################
-
-
-@pytest.mark.slow
-def test_smoke_check_passes_and_is_readable():
-    done = call(ROOT, "test_model.py")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all checks passed" in done.stdout and "FAIL" not in done.stdout
-    assert "0 elements differ" in done.stdout
-
-
-@pytest.mark.slow
-def test_step_benchmark_ends_with_one_json_line():
-    flags = ["--hidden_dim", "32", "--num_layers", "1", "--batch_size", "2", "--latent_size", "8", "--rounds", "2"]
-    done = call(ROOT, "benchmarks/train_step.py", *flags)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert {"plain_ms", "default_ms", "ratio", "matmul_share", "floor_share", "device"} <= figures.keys()
-    assert {"matrix multiplies forward", "matrix multiplies backward", "optimizer", "average"} <= figures[
-        "where_ms"
-    ].keys()
-    # By hand: 128 positions; stem and head 9 * 4 * 32 = 1152 multiply-adds each, depthwise 49 * 32 = 1568, pointwise
-    # 2 * 32 * 128 = 8192, so 12064 forward; three times that, less the stem's input gradient; two operations each.
-    assert figures["step_gflop"] == round(128 * 2 * (3 * 12064 - 1152) / 1e9, 2)
-
-
-@pytest.mark.slow
-def test_step_benchmark_times_the_network_of_a_config_and_names_its_attention(tmp_path):
-    script = tmp_path / "without_rate.py"  # what the machine can do at most takes long, and was measured above
-    script.write_text(f"""
-import importlib, sys
-sys.path.insert(0, {str(ROOT)!r})
-benchmark = importlib.import_module("benchmarks.train_step")
-benchmark.matmul_rate = lambda device: 1e11
-benchmark.VARIANTS = benchmark.VARIANTS[:4]  # up to the default: each that is compiled takes long too
-benchmark.run(benchmark.main, benchmark.build_parser())
-""")
-    flags = ["--config", "configs/digits.json", "--set", "model.hidden_dim=48", "--set", "model.num_layers=1"]
-    done = call(ROOT, script, *flags, "--batch_size", "2", "--latent_size", "8", "--rounds", "2")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["network"] == "DiT, 1 blocks"
-    assert figures["attention"] == "scaled_dot_product_flash_attention_for_cpu"
-    assert {"attention forward", "attention backward"} <= figures["where_ms"].keys()
-    assert "floor_ms" not in figures
-
-
-@pytest.mark.slow
-def test_plan_benchmark_finds_the_estimate_near_what_is_measured():
-    done = call(ROOT, "benchmarks/plan.py", "--device", "cpu", "--sizes", "32x2x16x8", "64x1x8x4")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert [(row["size"], row["recompute"]) for row in figures["rows"]] == [
-        (size, recompute) for size in ("32x2x16x8", "64x1x8x4") for recompute in ("none", "selective", "full")
-    ]
-    assert figures["worst"] == max(abs(row["error"]) for row in figures["rows"]) <= 0.15
-    done = call(ROOT, "benchmarks/plan.py", "--sizes", "32x2x16")
-    refused((done.returncode, done.stdout, done.stderr), "32x2x16", "DxNxSIDExPICTURES")
-
-
-@pytest.mark.slow
-def test_solver_benchmark_tells_which_method_comes_back(studio):
-    flags = ["--checkpoint", CHECKPOINT, "--data", "raw_data", "--pictures", "3", "--steps", "4", "--grids", "uniform"]
-    done = call(studio, "benchmarks/solvers.py", *flags, "--methods", "alf", "euler", "rk4", "rk4+fixed_point")
-    assert done.returncode == 0, done.stderr
-    rows = {row["method"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
-    assert [row["nfe"] for row in rows.values()][:3] == ["6", "4", "16"]
-    assert rows["alf"]["differ"] == 0 and rows["alf"]["back_rms"] == 0 and rows["alf"]["elements"] == 3 * 12 * 8 * 8
-    assert rows["euler"]["back_rms"] > 10 * rows["rk4+fixed_point"]["back_rms"] > 0
-    assert rows["euler"]["transfer_rms"] > rows["alf"]["transfer_rms"]  # first order against second
-
-
-@pytest.mark.slow
-def test_folder_benchmark_compares_a_folder_with_its_legs(studio):
-    flags = ["--checkpoint", CHECKPOINT, "--data", "raw_data/cold", "--batch_size", "4", "--rounds", "1"]
-    done = call(studio, "benchmarks/folder.py", *flags)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["pictures"] == 16
-    assert figures["share"] == pytest.approx(figures["folder_per_s"] / figures["legs_per_s"], rel=1e-2)
-
-
-@pytest.mark.slow
-def test_sample_benchmark_compares_one_process_with_two(studio):
-    flags = ["--num_samples", "4", "--batch_size", "2", "--num_steps", "2", "--cfg_scale", "2", "--rounds", "1"]
-    done = call(studio, "benchmarks/sample.py", "--checkpoint", CHECKPOINT, *flags)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["nfe"] == 2 * (2 + 2)
-    assert figures["ratio"] == pytest.approx(figures["two_per_s"] / figures["one_per_s"], abs=1e-3)
-    done = call(studio, "benchmarks/sample.py", "--checkpoint", CHECKPOINT, *flags, "--cfg_scale", "nan")
-    refused((done.returncode, done.stdout, done.stderr), "sample.py failed", "cfg_scale")
-
-
-@pytest.mark.slow
-def test_preprocess_benchmark_compares_with_the_bare_encoder(tmp_path):
-    flags = ["--size", "32", "--pictures", "20", "--num_workers", "0", "--rounds", "1"]
-    done = call(tmp_path, "benchmarks/preprocess.py", *flags)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["pictures"] == 20 and {"bare_per_s", "nhwc_share", "device"} <= figures.keys()
-    assert figures["whole_share"] == pytest.approx(figures["whole_per_s"] / figures["bare_per_s"], rel=1e-2)

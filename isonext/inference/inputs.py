@@ -30,7 +30,7 @@ class Job:
 
 
 @dataclass
-class Loaded:
+class Batch:
     """A batch of inputs of one size, ready for the network; `latents` may have more rows than there are jobs."""
 
     jobs: list[Job]
@@ -90,7 +90,7 @@ def load_batches(
     resize: int | None,  # pixels of the short side
     batch_size: int,
     skipped: list[str] | None,  # is told of bad pictures; None raises instead
-) -> Iterator[Loaded]:
+) -> Iterator[Batch]:
     """This process's share of the batches of pictures of one size. For a compiled network they are filled up: one
     shape, one graph.
 
@@ -122,14 +122,14 @@ def load_batches(
         rows = [images.to_bytes(picture) for picture in pictures]
         rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
         latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
-        yield Loaded(list(batch), latents, (height, width))
+        yield Batch(list(batch), latents, (height, width))
 
 
-def load_stored_latent(job: Job, pipeline: Pipeline) -> Loaded:
+def load_stored_latent(job: Job, pipeline: Pipeline) -> Batch:
     """A latent of the store as a batch of one."""
     latent = read_latent(job.source)["latent"]
     if len(latent) != pipeline.spec.channels:
         raise UserError(f"{job.source}: has {len(latent)} channels, the checkpoint's latents {pipeline.spec.channels}")
     size = tuple(side * pipeline.spec.factor for side in latent.shape[1:])
     pipeline.check_size(job.source, size[::-1])
-    return Loaded([job], pipeline.spec.standardise(latent[None].to(pipeline.device)), size)
+    return Batch([job], pipeline.spec.standardise(latent[None].to(pipeline.device)), size)

@@ -2,22 +2,49 @@
 
 import math
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
 
 from isonext.data import images
 from isonext.errors import UserError
+from isonext.evaluation.metrics import ssim
 from isonext.flow.certificate import digest, likely_cause
 from isonext.flow.solvers import LatticeState
-from isonext.flow.transfer import Inverted
-from isonext.inference import inputs
-from isonext.inference.batch import Report, result_paths, save_results, transfer_batches
-from isonext.inference.inputs import Job
+from isonext.flow.transfer import Inverted, Transfer, TransferSettings
+from isonext.inference.inputs import Batch, Job, find_jobs, load_batches, load_stored_latent, picture_path
 from isonext.inference.options import RestoreOptions, RestyleOptions, TransferOptions
-from isonext.inference.plan import Plan, open_pipeline, plan_restyle, plan_transfer
-from isonext.inference.structure_file import load_structure, refuse_other_bits
+from isonext.inference.plan import Plan, Target, open_pipeline, plan_restyle, plan_transfer
+from isonext.inference.structure_file import Structure, fixed_bits, load_structure, refuse_other_bits, save_structure
 from isonext.utils import distributed
 from isonext.utils.device import deterministic
+from isonext.utils.io import in_background
+
+
+@dataclass
+class Report:
+    """What came of a job."""
+
+    done: int = 0  # pictures
+    nfe: int = 0  # network evaluations a picture, of the last batch
+    notes: list[str] = field(default_factory=list)
+    unsolved: list[str] = field(default_factory=list)  # pictures whose fixed point did not converge
+    residual: float = 0.0  # the largest
+    skipped: list[str] = field(default_factory=list)  # one line a bad picture
+
+    def include(self, other: "Report") -> None:
+        """Take in another process's."""
+        self.done += other.done
+        self.nfe = self.nfe or other.nfe
+        self.residual = max(self.residual, other.residual)
+        for name in ("notes", "unsolved", "skipped"):
+            setattr(self, name, sorted(getattr(self, name) + getattr(other, name)))
+
 
 #################################################################################
 #                                 The three jobs                                #
@@ -29,17 +56,17 @@ def transfer_pictures(options: TransferOptions) -> int:
     is_folder = options.input.is_dir()
     if not is_folder:
         distributed.refuse_several("one picture")
-    jobs = inputs.find_jobs(options.input, options.output)
+    jobs = find_jobs(options.input, options.output)
     # What is left to do is seen before anybody does it.
     todo = distributed.from_main([job for job in jobs if options.overwrite or not is_folder or not job.output.exists()])
     plan = plan_transfer(options, len(todo))
     refuse_collisions(jobs, plan)
     skipped: list[str] | None = [] if is_folder else None
     if options.input.suffix == ".pt" and not is_folder:
-        batches = iter([inputs.load_stored_latent(todo[0], plan.pipeline)])
+        batches: Iterable[Batch] = [load_stored_latent(todo[0], plan.pipeline)]
     else:
-        batch_size = options.batch_size if is_folder and options.min_structure is None else 1
-        batches = inputs.load_batches(todo, plan.pipeline, options.size, batch_size, skipped)
+        batch_size = options.network.batch_size if is_folder and options.min_structure is None else 1
+        batches = load_batches(todo, plan.pipeline, options.size, batch_size, skipped)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
         report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()))
@@ -57,48 +84,25 @@ def transfer_pictures(options: TransferOptions) -> int:
     return certificate_status(plan, 1 if report.skipped else 0)
 
 
-def combine_reports(report: Report, plan: Plan) -> Report:
-    """The report of all processes together, and in the plan their certificate."""
-    (report, plan.certificate), *others = distributed.gather((report, plan.certificate))
-    for other, certificate in others:
-        report.include(other)
-        if certificate:
-            plan.certificate.include(certificate)
-    return report
-
-
-def refuse_collisions(jobs: list[Job], plan: Plan) -> None:
-    """No result may take the place of an input, or of another result."""
-    taken = {job.source.resolve(): job.source for job in jobs}
-    for job in jobs:
-        for path in result_paths(job, plan):
-            other = taken.setdefault(path.resolve(), job.source)
-            if other is not job.source or path.resolve() == job.source.resolve():
-                raise UserError(
-                    f"{path}: would be written for {job.source}, but belongs to {other}; rename one of them"
-                )
-
-
 def restyle_structure(options: RestyleOptions) -> int:
     """Other styles of a kept structure, without its picture; returns the exit status."""
     distributed.refuse_several("one picture")
-    job = Job(options.structure, inputs.picture_path(options.output))
+    job = Job(options.structure, picture_path(options.output))
     structure = load_structure(options.structure)
     plan = plan_restyle(options, structure)
     refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint",))
-    state = move(structure.state, plan.pipeline.device)
+    pipeline, source, settings = plan.pipeline, plan.source, plan.settings
+    state = move(structure.state, pipeline.device)
     started = time.perf_counter()
-    with deterministic(plan.pipeline.device, options.certify):
+    with deterministic(pipeline.device, options.certify):
         inverted = Inverted(state, 0)
-        transfers = [
-            plan.pipeline.generate(inverted, plan.source, target.style, plan.settings) for target in plan.targets
-        ]
+        transfers = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
         for transfer, target in zip(transfers, plan.targets, strict=True):
             if plan.certificate:
-                back = plan.pipeline.undo(transfer, plan.source, target.style, plan.settings)[0]
+                back = pipeline.undo(transfer, source, target.style, settings)[0]
                 plan.certificate.compare(state, back)
                 plan.certificate.weigh(transfer.start, transfer.end)
-    results = [plan.pipeline.decode(transfer.latents, *structure.size)[0].cpu() for transfer in transfers]
+    results = [pipeline.decode(transfer.latents, *structure.size)[0].cpu() for transfer in transfers]
     save_results(job, None, results, plan)
     seconds = time.perf_counter() - started
     print_plan(plan)
@@ -111,7 +115,7 @@ def restyle_structure(options: RestyleOptions) -> int:
 def restore_picture(options: RestoreOptions) -> int:
     """A structure file back to its original's latents, bit for bit; returns the exit status."""
     distributed.refuse_several("one picture")
-    output, structure = inputs.picture_path(options.output), load_structure(options.structure)
+    output, structure = picture_path(options.output), load_structure(options.structure)
     pipeline, _ = open_pipeline(options.network, 1, structure)
     refuse_other_bits(structure, pipeline, options.structure)
     source = pipeline.spec.style_id(structure.source)
@@ -132,8 +136,158 @@ def move(state: LatticeState, device: torch.device) -> LatticeState:
 
 
 #################################################################################
+#                               Batches of pictures                             #
+#################################################################################
+
+
+def transfer_batches(batches: Iterable[Batch], plan: Plan, total: int) -> Report:
+    """Transfer and save every batch; the next one is read and the last one is written meanwhile."""
+    report, pipeline = Report(), plan.pipeline
+    with_before, quiet = plan.compare or len(plan.targets) > 1, None if distributed.is_main() else True
+    with tqdm(total=total, desc="transfer", unit="picture", disable=quiet) as bar, in_background(32) as submit:
+        for batch in batches:
+            transfers = transfer_batch(batch, plan, report)
+            results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
+            before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
+            for row, job in enumerate(batch.jobs):
+                picture = None if before is None else before[row]
+                submit(save_results, job, picture, [result[row] for result in results], plan)
+            report.done += len(batch.jobs)
+            bar.update(len(batch.jobs))
+    return report
+
+
+def transfer_batch(batch: Batch, plan: Plan, report: Report) -> list[Transfer]:
+    """The transfers of a batch, one a target; certified, and the structure saved, where that was asked for."""
+    pipeline, source, settings = plan.pipeline, plan.source, plan.settings
+    cuts, shared = [settings] * len(plan.targets), 0  # each target's settings, the evaluations that all of them share
+    if plan.min_structure is not None:
+        found = [find_strength(batch, plan, target, report) for target in plan.targets]
+        transfers, cuts = [transfer for transfer, _ in found], [cut for _, cut in found]
+    elif settings.method == "flowedit":
+        transfers = [pipeline.transfer(batch.latents, source, target.style, settings) for target in plan.targets]
+    else:
+        inverted = pipeline.invert(batch.latents, source, settings)
+        transfers = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
+        shared = inverted.nfe
+    report.nfe = shared + sum(transfer.nfe - shared for transfer in transfers)
+    note_residual(batch, transfers[0], settings, report)
+    if plan.certificate:
+        for transfer, target, cut in zip(transfers, plan.targets, cuts, strict=True):
+            back = pipeline.undo(transfer, source, target.style, cut)[1]
+            plan.certificate.compare(LatticeState.at_picture(batch.latents), back, len(batch.jobs))
+            plan.certificate.weigh(transfer.start, transfer.end, count=len(batch.jobs))
+    if plan.save_structure:
+        structure = describe_structure(batch, plan, transfers[0], cuts[0])
+        save_structure(structure, plan.save_structure)
+    return transfers
+
+
+def describe_structure(batch: Batch, plan: Plan, transfer: Transfer, settings: TransferSettings) -> Structure:
+    """What the structure file of a picture on its way to its one target says."""
+    return Structure(
+        state=transfer.start,
+        source=plan.pipeline.spec.styles[plan.source],
+        target=plan.targets[0].title,
+        settings=settings,
+        size=batch.size,
+        original=digest(LatticeState.at_picture(batch.latents)),
+        bits=fixed_bits(plan.pipeline),
+    )
+
+
+def find_strength(batch: Batch, plan: Plan, target: Target, report: Report) -> tuple[Transfer, TransferSettings]:
+    """--min_structure: the strongest transfer whose SSIM to the picture, both decoded, is the floor or more."""
+    pipeline = plan.pipeline
+    enlarge = math.ceil(11 / min(batch.size))  # SSIM's window is 11 pixels wide
+
+    def decoded(latents: Tensor) -> Tensor:
+        return F.interpolate(pipeline.decode(latents, *batch.size).clamp(-1, 1), scale_factor=enlarge)
+
+    before = decoded(batch.latents)
+
+    def score(latents: Tensor) -> float:
+        return ssim(decoded(latents), before).item()
+
+    transfer, cut, tried = pipeline.keep_structure(
+        batch.latents, plan.source, target.style, plan.settings, score, plan.min_structure
+    )
+    reached = dict(tried)[1 - cut.grid[0]]
+    trials = ", ".join(f"{strength:.2f}: {value:.3f}" for strength, value in sorted(tried))
+    report.notes.append(
+        f"{batch.jobs[0].source} as {target.title}: strength {1 - cut.grid[0]:.2f} keeps structure {reached:.3f} "
+        f"(tried {trials})"
+    )
+    return transfer, cut
+
+
+def note_residual(batch: Batch, transfer: Transfer, settings: TransferSettings, report: Report) -> None:
+    if transfer.residual is None:
+        return
+    for job, residual in zip(batch.jobs, transfer.residual.tolist(), strict=False):
+        report.residual = max(report.residual, residual)
+        if not residual <= settings.tolerance:
+            report.unsolved.append(str(job.source))
+
+
+#################################################################################
+#                                Files of results                               #
+#################################################################################
+
+
+def result_paths(job: Job, plan: Plan) -> list[Path]:
+    """Every file that `save_results` writes for a job; the last one is its output."""
+    paths = [target.path(job.output) for target in plan.targets] if len(plan.targets) > 1 else []
+    if plan.compare:
+        paths.append(compare_path(job))
+    return [*paths, job.output]
+
+
+def compare_path(job: Job) -> Path:
+    return job.output.with_name(f"{job.output.stem}_compare.png")
+
+
+def refuse_collisions(jobs: list[Job], plan: Plan) -> None:
+    """No result may take the place of an input, or of another result."""
+    taken = {job.source.resolve(): job.source for job in jobs}
+    for job in jobs:
+        for path in result_paths(job, plan):
+            other = taken.setdefault(path.resolve(), job.source)
+            if other is not job.source or path.resolve() == job.source.resolve():
+                raise UserError(
+                    f"{path}: would be written for {job.source}, but belongs to {other}; rename one of them"
+                )
+
+
+def save_results(job: Job, before: Tensor | None, results: list[Tensor], plan: Plan) -> None:
+    """Write the results of one picture: one picture; or one a target, and `job.output` is the sheet of them all."""
+    pictures = [images.to_picture(pixels) for pixels in results]
+    source = [] if before is None else [images.to_picture(before)]
+    titles = [plan.pipeline.spec.styles[plan.source]] * len(source) + [target.title for target in plan.targets]
+    final = pictures[0]
+    if plan.compare:
+        sheet = images.contact_sheet([source + pictures], titles)
+        images.save_picture(sheet, compare_path(job))
+    if len(plan.targets) > 1:
+        for target, picture in zip(plan.targets, pictures, strict=True):
+            images.save_picture(picture, target.path(job.output))
+        final = images.strip(source + pictures, titles)
+    images.save_picture(final, job.output)  # last: a result that is there says that its job is done
+
+
+#################################################################################
 #                                What is reported                               #
 #################################################################################
+
+
+def combine_reports(report: Report, plan: Plan) -> Report:
+    """The report of all processes together, and in the plan their certificate."""
+    (report, plan.certificate), *others = distributed.gather((report, plan.certificate))
+    for other, certificate in others:
+        report.include(other)
+        if certificate:
+            plan.certificate.include(certificate)
+    return report
 
 
 def print_plan(plan: Plan) -> None:

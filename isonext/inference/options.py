@@ -1,11 +1,25 @@
-"""What inference.py and sample.py are asked for, as data: the flags, read and checked by the commands.
+"""What inference.py and sample.py are asked for, as data. A command reads its flags into one of these and passes it on.
 
-Nothing here imports torch, so that a command refuses bad flags at once.
+An option out of its range, or at odds with another one, is a UserError that names its flag. Nothing here imports torch,
+so that a command refuses bad flags at once.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from isonext.errors import UserError
+
+
+def check_range(flag: str, value: float | None, low: float, high: float | None = None) -> None:
+    """UserError unless `value` lies in the range, both ends included; None is a flag that was not given."""
+    if value is not None and not (low <= value and (high is None or value <= high)):  # written so that NaN fails
+        raise UserError(f"--{flag} {value}: must be {f'{low} or more' if high is None else f'from {low} to {high}'}")
+
+
+#################################################################################
+#                                 What they share                               #
+#################################################################################
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,10 @@ class NetworkOptions:
     precision: str = "auto"  # or bf16, fp32; auto: as trained, BF16 where the device has it
     compile: str = "auto"  # or on, off; auto: where there are pictures enough to pay for it
     tile: int = 1024  # pixels: a VAE takes larger pictures in tiles; 0: never
+    batch_size: int = 8  # pictures at once
+
+    def __post_init__(self) -> None:
+        check_range("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,11 @@ class SettingsOptions:
     overrides: tuple[str, ...] = ()  # section.key=value
     flags: dict[str, Any] = field(default_factory=dict)  # keys of the inference section that were given as flags
     strength: float = 1.0
-    seed: int = 0
+    seed: int = 0  # of flowedit's noise
+
+    def __post_init__(self) -> None:
+        check_range("strength", self.strength, 0, 1)
+        check_range("seed", self.seed, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,18 @@ class TargetOptions:
     style: str | None = None  # an id, a name, or all
     interpolate: tuple[str, str] | None = None
     frames: int = 9  # of an interpolation, both ends included
+
+    def __post_init__(self) -> None:
+        check_range("frames", self.frames, 2, 10_000)
+
+    @property
+    def several(self) -> bool:
+        return self.interpolate is not None or self.style == "all"
+
+
+#################################################################################
+#                             One for each thing to do                          #
+#################################################################################
 
 
 @dataclass(frozen=True)
@@ -50,12 +84,19 @@ class TransferOptions:
     output: Path
     source_style: str
     size: int | None = None  # pixels of the short side, to which pictures are resized first
-    batch_size: int = 8  # for a folder
     min_structure: float | None = None  # SSIM to the picture that must be left
     certify: bool = False
     save_structure: Path | None = None
     compare: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("size", self.size, 1)
+        check_range("min_structure", self.min_structure, -1, 1)
+        if self.compare and self.targets.several:
+            raise UserError("--compare is for one target; the sheet of several shows the picture already")
+        if self.save_structure and (self.targets.several or self.input.is_dir()):
+            raise UserError("--save_structure keeps one picture's way to one style; give one picture and one target")
 
 
 @dataclass(frozen=True)
@@ -89,6 +130,13 @@ class SampleOptions:
     styles: tuple[str, ...] = ()  # all there are if empty
     num_samples_per_style: int = 4
     num_samples: int | None = None  # in all, the styles in turn
-    batch_size: int = 16
+    seed: int = 0  # of the noise
     npz: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("num_samples", self.num_samples, 1)
+        check_range("num_samples_per_style", self.num_samples_per_style, 1)
+        check_range("seed", self.seed, 0)
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"--output {self.output}: is a file; give a folder")

@@ -55,7 +55,9 @@ class Plan:
 def plan_transfer(options: TransferOptions, pictures: int) -> Plan:
     """Everything that can be wrong with the options is found here, before the first picture."""
     pipeline, trained = open_pipeline(options.network, pictures)
-    settings = resolve_settings(options.settings, options.network, trained)
+    settings = resolve_settings(options.settings, trained, options.network.checkpoint)
+    if settings.inversion == "fixed_point" and options.network.precision == "bf16":
+        raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
     source = pipeline.spec.style_id(options.source_style)
     plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings, options.min_structure)
     plan.compare, plan.save_structure = options.compare, options.save_structure
@@ -72,7 +74,7 @@ def plan_transfer(options: TransferOptions, pictures: int) -> Plan:
 def plan_restyle(options: RestyleOptions, structure: Structure) -> Plan:
     """The same for a structure that was kept, whose file says where it came from."""
     pipeline, trained = open_pipeline(options.network, 1, structure)
-    settings = resolve_settings(options.settings, options.network, trained, structure.settings)
+    settings = resolve_settings(options.settings, trained, options.network.checkpoint, structure.settings)
     source = pipeline.spec.style_id(structure.source)
     plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings)
     plan.certificate = Certificate() if options.certify else None
@@ -97,8 +99,8 @@ def open_pipeline(
 
 def resolve_settings(
     options: SettingsOptions,
-    network: NetworkOptions,
     trained: dict,  # the checkpoint's config
+    checkpoint: str,  # its name, for a message
     legs: TransferSettings | None = None,  # of a kept structure
 ) -> TransferSettings:
     """The checkpoint's (or --config's) inference section, under --set, under the flags; checked like any config.
@@ -114,11 +116,9 @@ def resolve_settings(
         settings = replace(settings, **{name: getattr(legs, name) for name in (*OF_THE_LEGS, "strength", "skip")})
     if settings.guidance == "null" and settings.cfg_scale != 1 and trained["training"]["label_drop_prob"] == 0:
         raise UserError(
-            f"{network.checkpoint}: trained with label_drop_prob 0, so it has no null style to guide against; "
+            f"{checkpoint}: trained with label_drop_prob 0, so it has no null style to guide against; "
             "use --guidance source or --cfg_scale 1"
         )
-    if settings.inversion == "fixed_point" and network.precision == "bf16":
-        raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
     return settings
 
 

@@ -39,7 +39,7 @@ def sample_pictures(options: SampleOptions) -> int:
     """Everything that can be wrong with the options is found before the first picture; returns the exit status."""
     pipeline, trained = open_pipeline(options.network, options.num_samples or options.num_samples_per_style)
     settings = sampling_settings(options, trained, pipeline.spec, pipeline.base)
-    samples, size, seed = plan_samples(options, pipeline.spec), options.batch_size, options.settings.seed
+    samples, size = plan_samples(options, pipeline.spec), options.network.batch_size
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     # What is left to do is seen before anybody does it; a batch is made whole, since its bits may depend on its size.
     todo = distributed.from_main(
@@ -47,7 +47,7 @@ def sample_pictures(options: SampleOptions) -> int:
     )
     batches = [batch for batch, left in zip(batches, todo, strict=True) if left]
     started = time.perf_counter()
-    own = sample_batches(batches[rank() :: distributed.world()], pipeline, settings, seed, size)
+    own = sample_batches(batches[rank() :: distributed.world()], pipeline, settings, options.seed, size)
     done = sum(distributed.gather(own))
     seconds = time.perf_counter() - started
     if distributed.is_main():
@@ -66,16 +66,15 @@ def sample_pictures(options: SampleOptions) -> int:
 
 def sampling_settings(options: SampleOptions, trained: dict, spec: LatentSpec, base: Base) -> TransferSettings:
     """Those of `resolve_settings`; guidance, if any, is against the null style, and of one style there is none."""
-    asked, flags = options.settings.flags.get("cfg_scale"), {"guidance": "null", "inversion": "explicit"}
+    flags = options.settings.flags | {"guidance": "null", "inversion": "explicit"}
     if len(spec.styles) == 1:
-        if asked not in (None, 1):
+        if flags.get("cfg_scale", 1) != 1:
             raise UserError(
-                f"--cfg_scale {asked:g}: {options.network.checkpoint} has one style, so there is nothing to guide "
-                "towards; leave it out"
+                f"--cfg_scale {flags['cfg_scale']:g}: {options.network.checkpoint} has one style, so there is nothing "
+                "to guide towards; leave it out"
             )
         flags["cfg_scale"] = 1.0
-    settings = replace(options.settings, flags=options.settings.flags | flags)
-    settings = resolve_settings(settings, options.network, trained)
+    settings = resolve_settings(replace(options.settings, flags=flags), trained, options.network.checkpoint)
     if not base.can_sample:
         raise UserError(
             f"{options.network.checkpoint}: its base, written by an earlier version, has no layouts to draw from; it "

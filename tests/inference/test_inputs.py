@@ -44,9 +44,9 @@ def test_no_more_than_so_many_are_read_ahead_of_the_one_in_use(look_ahead):
             yield number
 
     results = ahead(lambda number: number, endless(), look_ahead)
-    for used in range(10):
-        assert next(results) == used
-        assert len(taken) <= used + 1 + look_ahead
+    for current in range(10):
+        assert next(results) == current
+        assert len(taken) <= current + 1 + look_ahead
     assert len(taken) > 10, "something was read ahead"
     results.close()
 

@@ -16,7 +16,7 @@ from helpers import CHECKPOINT, call, refused
 from isonext.data import images
 from isonext.evaluation.metrics import ssim
 from isonext.flow.solvers import LATTICE
-from isonext.inference import batch, jobs, structure_file
+from isonext.inference import jobs, structure_file
 from isonext.pipeline import Pipeline, load_pipeline
 
 FROM_COLD = ("--checkpoint", CHECKPOINT, "--source_style", "cold")
@@ -35,7 +35,7 @@ def pipeline(studio):
     return load_pipeline(studio / CHECKPOINT, torch.device("cpu"))[0]
 
 
-def made(result: tuple[int, str, str], status: int = 0) -> str:
+def out_of(result: tuple[int, str, str], status: int = 0) -> str:
     """The stdout of a command that ended with `status`."""
     assert result[0] == status, result
     return result[1]
@@ -61,8 +61,8 @@ def on_lattice(pipeline: Pipeline, path: Path) -> torch.Tensor:
 
 
 def sha256_of(pipeline: Pipeline, *paths: Path) -> str:
-    each = sorted({hashlib.sha256(on_lattice(pipeline, path).numpy().tobytes()).hexdigest() for path in paths})
-    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+    hashes = sorted({hashlib.sha256(on_lattice(pipeline, path).numpy().tobytes()).hexdigest() for path in paths})
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def codecs_own(pipeline: Pipeline, path: Path) -> np.ndarray:
@@ -111,7 +111,7 @@ def broken_network(monkeypatch) -> None:
 
 
 def test_a_transfer_is_certified_exact_with_the_sha256_of_the_pictures_latents(infer, pipeline, tmp_path):
-    out = made(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", "--certify", "--num_steps", "3"))
+    out = out_of(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", "--certify", "--num_steps", "3"))
     assert "certificate: exact (0 of 768 elements differ)" in out  # 12 x 8 x 8
     assert sha256_in(out) == sha256_of(pipeline, Path(PICTURE))
     assert pixels(tmp_path / "a.png").shape == (32, 32, 3)
@@ -119,14 +119,14 @@ def test_a_transfer_is_certified_exact_with_the_sha256_of_the_pictures_latents(i
 
 def test_asking_for_a_certificate_does_not_change_the_picture(infer, tmp_path):
     for name, extra in (("with", ["--certify"]), ("without", [])):
-        made(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / f"{name}.png", *extra))
+        out_of(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / f"{name}.png", *extra))
     assert same(tmp_path / "with.png", tmp_path / "without.png")
 
 
 def test_a_folder_is_certified_as_a_whole(infer, pipeline, tmp_path, album):
     (album / "bad.png").unlink()
     flags = ("--input", album, "--output", tmp_path / "out", "--certify", "--num_steps", "2", "--batch_size", "2")
-    out = made(infer(*TO_WARM, *flags))
+    out = out_of(infer(*TO_WARM, *flags))
     count = 12 * (3 * 8 * 5 + 6 * 10)  # 32 x 20 three times, and 21 x 40 padded to 24 x 40
     assert f"exact (0 of {count} elements differ)" in out
     names = ("a.png", "b.png", "c.png", "deep/d.png")
@@ -134,9 +134,9 @@ def test_a_folder_is_certified_as_a_whole(infer, pipeline, tmp_path, album):
 
 
 def test_a_skipped_picture_makes_status_1_while_the_certificate_of_the_others_holds(infer, tmp_path, album):
-    out = made(infer(*TO_WARM, "--input", album, "--output", tmp_path / "out", "--certify", "--num_steps", "1"), 1)
+    out = out_of(infer(*TO_WARM, "--input", album, "--output", tmp_path / "out", "--certify", "--num_steps", "1"), 1)
     assert "certificate: exact" in out and f"skipped: {album / 'bad.png'}: not a picture" in out
-    out = made(
+    out = out_of(
         infer(
             *TO_WARM, "--input", album, "--output", tmp_path / "o", "--certify", "--num_steps", "1", "--method=euler"
         ),
@@ -147,15 +147,15 @@ def test_a_skipped_picture_makes_status_1_while_the_certificate_of_the_others_ho
 
 def test_every_target_is_certified(infer, tmp_path):
     flags = ("--input", PICTURE, "--output", tmp_path / "a.png", "--certify", "--num_steps", "2")
-    assert "exact (0 of 1536 elements differ)" in made(infer(*FROM_COLD, *flags, "--target_style", "all"))
-    out = made(infer(*FROM_COLD, *flags, "--interpolate", "cold", "warm", "--frames", "3"))
+    assert "exact (0 of 1536 elements differ)" in out_of(infer(*FROM_COLD, *flags, "--target_style", "all"))
+    out = out_of(infer(*FROM_COLD, *flags, "--interpolate", "cold", "warm", "--frames", "3"))
     assert "exact (0 of 2304 elements differ)" in out
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "rk4"])
 def test_a_method_that_is_not_its_own_inverse_gets_status_3_and_the_reason(infer, tmp_path, method):
     flags = ("--input", PICTURE, "--output", tmp_path / "a.png", "--certify", "--num_steps", "2", "--method", method)
-    out = made(infer(*TO_WARM, *flags), 3)
+    out = out_of(infer(*TO_WARM, *flags), 3)
     line = next(line for line in out.splitlines() if line.startswith("certificate"))
     differing = int(
         re.fullmatch(rf"certificate: NOT exact: (\d+) of 768 .*; {method} is not .*--method alf is", line)[1]
@@ -168,7 +168,7 @@ def test_a_fixed_point_comes_back_far_closer_than_the_explicit_leg_but_not_to_th
     flags = ("--input", PICTURE, "--output", tmp_path / "a.png", "--certify", "--num_steps", "6", "--method", "euler")
     gaps = {}
     for inversion in ("explicit", "fixed_point"):
-        out = made(infer(*TO_WARM, *flags, "--precision", "fp32" if inversion == "explicit" else "auto",
+        out = out_of(infer(*TO_WARM, *flags, "--precision", "fp32" if inversion == "explicit" else "auto",
                          "--inversion", inversion), 3)  # fmt: skip
         gaps[inversion] = float(re.search(r"the largest by (\S+) deviations", out)[1])
     assert "comes back to its tolerance" in out
@@ -177,14 +177,16 @@ def test_a_fixed_point_comes_back_far_closer_than_the_explicit_leg_but_not_to_th
 
 def test_the_certificate_notices_a_network_that_gives_other_bits_the_second_time(infer, tmp_path, monkeypatch):
     broken_network(monkeypatch)
-    out = made(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", "--certify", "--num_steps", "2"), 3)
+    out = out_of(
+        infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", "--certify", "--num_steps", "2"), 3
+    )
     assert "NOT exact" in out and "other bits for the same input" in out
 
 
 def test_nothing_is_not_called_exact(infer, tmp_path, album):
     (album / "bad.png").unlink()
     flags = (*TO_WARM, "--input", album, "--output", tmp_path / "out", "--certify", "--num_steps", "1")
-    assert "certificate: exact" in made(infer(*flags))
+    assert "certificate: exact" in out_of(infer(*flags))
     assert "certificate: exact" not in infer(*flags)[1]  # all were there already: nothing was run
 
 
@@ -194,17 +196,17 @@ def test_nothing_is_not_called_exact(infer, tmp_path, album):
 
 
 def test_a_structure_is_restored_and_given_another_style_in_new_processes(studio, pipeline, tmp_path):
-    kept, picture = tmp_path / "kept.safetensors", draw(tmp_path / "odd.png", 37, 26, seed=5)
+    saved, picture = tmp_path / "kept.safetensors", draw(tmp_path / "odd.png", 37, 26, seed=5)
 
     def run(*flags, output):
         done = call(studio, "inference.py", "--checkpoint", CHECKPOINT, *map(str, flags), "--output", str(output))
         assert done.returncode == 0, done.stderr
         return done
 
-    keep = ("--save_structure", kept, "--certify", "--num_steps", "4")
+    keep = ("--save_structure", saved, "--certify", "--num_steps", "4")
     first = run(*TO_WARM[2:], "--input", picture, *keep, output=tmp_path / "warm.png")
-    second = run("--restore", kept, output=tmp_path / "back.png")
-    run("--from_structure", kept, "--target_style", "warm", output=tmp_path / "again.png")
+    second = run("--restore", saved, output=tmp_path / "back.png")
+    run("--from_structure", saved, "--target_style", "warm", output=tmp_path / "again.png")
     assert sha256_in(first.stdout) == sha256_in(second.stdout) == sha256_of(pipeline, picture)
     assert np.array_equal(pixels(tmp_path / "back.png"), codecs_own(pipeline, picture))
     assert same(tmp_path / "again.png", tmp_path / "warm.png")
@@ -230,100 +232,100 @@ def test_whatever_the_settings_the_file_restores_and_repeats(
     free = ["--cfg_scale", scale, "--guidance", guidance, "--cfg_interval", *interval, "--cfg_rescale", rescale]
     free += [] if clamp is None else ["--latent_clamp", clamp]
     fixed = ["--num_steps", steps, "--strength", strength, "--time_grid", grid, "--time_shift", shift]
-    kept, first, again, back, other, fresh = (
+    saved, first, again, back, other, fresh = (
         tmp_path / name for name in ("k.safetensors", *(f"{n}.png" for n in "abcde"))
     )
     start = ("--input", PICTURE, "--precision", precision, *fixed, *free)
-    out = made(infer(*TO_WARM, *start, "--output", first, "--save_structure", kept, "--certify"))
+    out = out_of(infer(*TO_WARM, *start, "--output", first, "--save_structure", saved, "--certify"))
     assert sha256_in(out) == sha256_of(pipeline, Path(PICTURE))
-    out = made(infer("--checkpoint", CHECKPOINT, "--restore", kept, "--output", back))
+    out = out_of(infer("--checkpoint", CHECKPOINT, "--restore", saved, "--output", back))
     assert sha256_in(out) == sha256_of(pipeline, Path(PICTURE))
     assert np.array_equal(pixels(back), codecs_own(pipeline, Path(PICTURE)))
-    from_it = ("--checkpoint", CHECKPOINT, "--from_structure", kept, *free)
-    made(infer(*from_it, "--target_style", "warm", "--output", again, "--certify"))
+    from_it = ("--checkpoint", CHECKPOINT, "--from_structure", saved, *free)
+    out_of(infer(*from_it, "--target_style", "warm", "--output", again, "--certify"))
     assert same(again, first)
-    made(infer(*from_it, "--target_style", "cold", "--output", other))
-    made(infer(*FROM_COLD, "--target_style", "cold", *start, "--output", fresh))
+    out_of(infer(*from_it, "--target_style", "cold", "--output", other))
+    out_of(infer(*FROM_COLD, "--target_style", "cold", *start, "--output", fresh))
     assert same(other, fresh)
 
 
 def test_all_styles_and_the_way_between_two_of_a_kept_structure_are_those_of_the_picture(infer, tmp_path):
-    kept = tmp_path / "k.safetensors"
-    made(
+    saved = tmp_path / "k.safetensors"
+    out_of(
         infer(
-            *TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", "--num_steps", "3", "--save_structure", kept
+            *TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", "--num_steps", "3", "--save_structure", saved
         )
     )
     for flags in (("--target_style", "all"), ("--interpolate", "warm", "cold", "--frames", "3")):
-        out = made(
-            infer("--checkpoint", CHECKPOINT, "--from_structure", kept, "--output", tmp_path / "kept/x.png", *flags)
+        out = out_of(
+            infer("--checkpoint", CHECKPOINT, "--from_structure", saved, "--output", tmp_path / "kept/x.png", *flags)
         )
         assert "without inverting again" in out
-        made(infer(*FROM_COLD, "--input", PICTURE, "--num_steps", "3", "--output", tmp_path / "fresh/x.png", *flags))
+        out_of(infer(*FROM_COLD, "--input", PICTURE, "--num_steps", "3", "--output", tmp_path / "fresh/x.png", *flags))
     names = [f"x_{style}.png" for style in ("cold", "warm")] + [f"x_frames/x_{number}.png" for number in range(3)]
     assert all(same(tmp_path / "kept" / name, tmp_path / "fresh" / name) for name in names)
 
 
 def test_a_structure_of_a_stored_latent_and_of_a_resized_picture_is_kept_as_well(infer, pipeline, tmp_path):
-    kept, large = tmp_path / "k.safetensors", draw(tmp_path / "large.png", 96, 64, seed=1)
+    saved, large = tmp_path / "k.safetensors", draw(tmp_path / "large.png", 96, 64, seed=1)
     for flags, size in (
         (("--input", "latents/cold/003.png.pt"), (32, 32)),
         (("--input", large, "--size", 24), (36, 24)),
     ):
-        made(infer(*TO_WARM, *flags, "--output", tmp_path / "a.png", "--num_steps", "2", "--save_structure", kept))
-        made(infer("--checkpoint", CHECKPOINT, "--restore", kept, "--output", tmp_path / "back.png"))
+        out_of(infer(*TO_WARM, *flags, "--output", tmp_path / "a.png", "--num_steps", "2", "--save_structure", saved))
+        out_of(infer("--checkpoint", CHECKPOINT, "--restore", saved, "--output", tmp_path / "back.png"))
         assert Image.open(tmp_path / "back.png").size == size
     images.resize_short_side(Image.open(large), 24).save(tmp_path / "small.png")
     assert np.array_equal(pixels(tmp_path / "back.png"), codecs_own(pipeline, tmp_path / "small.png"))
 
 
 @pytest.fixture
-def kept(infer, tmp_path) -> Path:
+def saved(infer, tmp_path) -> Path:
     """A structure file of PICTURE on its way to `warm`, and nothing else in the folder."""
     path = tmp_path / "kept.safetensors"
     flags = ("--num_steps", "2", "--precision", "bf16", "--save_structure", path)
-    made(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", *flags))
+    out_of(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", *flags))
     (tmp_path / "a.png").unlink()
     return path
 
 
-def nothing_beside(kept: Path) -> bool:
-    return list(kept.parent.iterdir()) == [kept]
+def nothing_beside(saved: Path) -> bool:
+    return list(saved.parent.iterdir()) == [saved]
 
 
-def test_another_checkpoint_is_refused_by_name(infer, kept):
-    other, output = ("--checkpoint", "checkpoints/stage1_epoch2.pt"), ("--output", kept.with_name("b.png"))
-    refused(infer(*other, "--restore", kept, *output), str(kept), "another checkpoint")
-    refused(infer(*other, "--from_structure", kept, "--target_style", "0", *output), str(kept), "another checkpoint")
-    assert nothing_beside(kept)
+def test_another_checkpoint_is_refused_by_name(infer, saved):
+    other, output = ("--checkpoint", "checkpoints/stage1_epoch2.pt"), ("--output", saved.with_name("b.png"))
+    refused(infer(*other, "--restore", saved, *output), str(saved), "another checkpoint")
+    refused(infer(*other, "--from_structure", saved, "--target_style", "0", *output), str(saved), "another checkpoint")
+    assert nothing_beside(saved)
 
 
 def test_other_bits_of_the_network_are_refused_for_restoring_and_no_hindrance_for_another_style(
-    infer, kept, monkeypatch
+    infer, saved, monkeypatch
 ):
-    base = ("--checkpoint", CHECKPOINT, "--output", kept.with_name("b.png"))
-    refused(infer(*base, "--restore", kept, "--precision", "fp32"), "another precision", "bf16", "fp32")
-    refused(infer(*base, "--restore", kept, "--compile", "on"), "another compiled")
+    base = ("--checkpoint", CHECKPOINT, "--output", saved.with_name("b.png"))
+    refused(infer(*base, "--restore", saved, "--precision", "fp32"), "another precision", "bf16", "fp32")
+    refused(infer(*base, "--restore", saved, "--compile", "on"), "another compiled")
     with monkeypatch.context() as patch:
         patch.setattr(structure_file, "device_name", lambda device: "another machine's CPU")
-        refused(infer(*base, "--restore", kept), "another device", "another machine's CPU")
-        assert nothing_beside(kept)
-        made(infer(*base, "--from_structure", kept, "--target_style", "0", "--precision", "fp32", "--certify"))
-    made(infer(*base, "--restore", kept, "--precision", "bf16"))
+        refused(infer(*base, "--restore", saved), "another device", "another machine's CPU")
+        assert nothing_beside(saved)
+        out_of(infer(*base, "--from_structure", saved, "--target_style", "0", "--precision", "fp32", "--certify"))
+    out_of(infer(*base, "--restore", saved, "--precision", "bf16"))
 
 
-def test_a_network_whose_bits_changed_unnoticed_is_noticed_and_nothing_is_written(infer, kept, monkeypatch):
+def test_a_network_whose_bits_changed_unnoticed_is_noticed_and_nothing_is_written(infer, saved, monkeypatch):
     broken_network(monkeypatch)
-    out = made(infer("--checkpoint", CHECKPOINT, "--restore", kept, "--output", kept.with_name("b.png")), 3)
+    out = out_of(infer("--checkpoint", CHECKPOINT, "--restore", saved, "--output", saved.with_name("b.png")), 3)
     assert "NOT exact" in out and "nothing was written" in out
-    assert nothing_beside(kept)
+    assert nothing_beside(saved)
 
 
-def test_a_way_back_that_goes_wrong_after_the_structure_is_no_exact_certificate_either(infer, kept, monkeypatch):
+def test_a_way_back_that_goes_wrong_after_the_structure_is_no_exact_certificate_either(infer, saved, monkeypatch):
     monkeypatch.setattr(jobs, "digest", lambda state: "other latents")
-    out = made(infer("--checkpoint", CHECKPOINT, "--restore", kept, "--output", kept.with_name("b.png")), 3)
+    out = out_of(infer("--checkpoint", CHECKPOINT, "--restore", saved, "--output", saved.with_name("b.png")), 3)
     assert "NOT exact" in out and "certificate: exact" not in out and "nothing was written" in out
-    assert nothing_beside(kept)
+    assert nothing_beside(saved)
 
 
 BY_THE_LEGS = {
@@ -359,39 +361,39 @@ BY_THE_PICTURE = {
         ("from_structure", BY_THE_LEGS | BY_THE_PICTURE),
     ],
 )
-def test_what_the_structure_file_fixes_is_refused_by_name_even_where_it_would_agree(infer, kept, way, fixed):
-    base = ["--checkpoint", CHECKPOINT, f"--{way}", kept, "--output", kept.with_name("b.png")]
+def test_what_the_structure_file_fixes_is_refused_by_name_even_where_it_would_agree(infer, saved, way, fixed):
+    base = ["--checkpoint", CHECKPOINT, f"--{way}", saved, "--output", saved.with_name("b.png")]
     base += ["--target_style", "1"] * (way == "from_structure")
     for name, values in fixed.items():
         refused(infer(*base, f"--{name}", *values.split()), f"--{name} ", f"--{way}")
-    assert nothing_beside(kept)
+    assert nothing_beside(saved)
 
 
-def test_two_ways_in_at_once_and_a_sheet_of_what_is_not_there_are_refused(infer, kept):
-    base = ("--checkpoint", CHECKPOINT, "--output", kept.with_name("b.png"), "--from_structure", kept)
-    refused(infer(*base, "--restore", kept), "--from_structure", "--restore")
+def test_two_ways_in_at_once_and_a_sheet_of_what_is_not_there_are_refused(infer, saved):
+    base = ("--checkpoint", CHECKPOINT, "--output", saved.with_name("b.png"), "--from_structure", saved)
+    refused(infer(*base, "--restore", saved), "--from_structure", "--restore")
     refused(infer(*base, "--target_style", "1", "--compare"), "--compare")
     refused(infer(*base), "--target_style", "--interpolate")
     refused(infer(*base, "--target_style", "hot"), "'hot'", "1 = warm")
-    assert nothing_beside(kept)
+    assert nothing_beside(saved)
 
 
-def test_the_guidance_of_another_style_is_free(infer, kept, tmp_path):
-    base = ("--checkpoint", CHECKPOINT, "--from_structure", kept, "--target_style", "1")
-    made(infer(*base, "--output", tmp_path / "plain.png", "--cfg_scale", "1"))
-    made(infer(*base, "--output", tmp_path / "guided.png", "--cfg_scale", "4"))
+def test_the_guidance_of_another_style_is_free(infer, saved, tmp_path):
+    base = ("--checkpoint", CHECKPOINT, "--from_structure", saved, "--target_style", "1")
+    out_of(infer(*base, "--output", tmp_path / "plain.png", "--cfg_scale", "1"))
+    out_of(infer(*base, "--output", tmp_path / "guided.png", "--cfg_scale", "4"))
     flags = ("--num_steps", "2", "--cfg_scale", "4", "--precision", "bf16")  # as `kept` was made
-    made(infer(*TO_WARM, "--input", PICTURE, *flags, "--output", tmp_path / "fresh.png"))
+    out_of(infer(*TO_WARM, "--input", PICTURE, *flags, "--output", tmp_path / "fresh.png"))
     assert same(tmp_path / "guided.png", tmp_path / "fresh.png")
     assert not same(tmp_path / "guided.png", tmp_path / "plain.png")
 
 
-def test_a_damaged_or_missing_structure_file_is_one_line(infer, kept, tmp_path):
-    data, output = kept.read_bytes(), ("--checkpoint", CHECKPOINT, "--output", tmp_path / "b.png")
-    kept.write_bytes(data[: len(data) // 2])
-    refused(infer(*output, "--restore", kept), str(kept), "damaged")
-    kept.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
-    refused(infer(*output, "--from_structure", kept, "--target_style", "0"), str(kept), "checksum")
+def test_a_damaged_or_missing_structure_file_is_one_line(infer, saved, tmp_path):
+    data, output = saved.read_bytes(), ("--checkpoint", CHECKPOINT, "--output", tmp_path / "b.png")
+    saved.write_bytes(data[: len(data) // 2])
+    refused(infer(*output, "--restore", saved), str(saved), "damaged")
+    saved.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    refused(infer(*output, "--from_structure", saved, "--target_style", "0"), str(saved), "checksum")
     refused(infer(*output, "--restore", tmp_path / "nowhere.safetensors"), "nowhere.safetensors", "no such")
     refused(infer(*output, "--restore", PICTURE), "003.png", "not a structure file")
     assert not (tmp_path / "b.png").exists()
@@ -400,18 +402,18 @@ def test_a_damaged_or_missing_structure_file_is_one_line(infer, kept, tmp_path):
 @pytest.mark.parametrize(
     "flags", [["--set", "inference.num_steps=9"], ["--set", "nonsense"], ["--config", "nowhere.json"]]
 )
-def test_settings_by_set_and_config_are_refused_like_those_by_flags(infer, kept, flags):
-    base = ("--checkpoint", CHECKPOINT, "--output", kept.with_name("b.png"))
-    refused(infer(*base, "--restore", kept, *flags), f"{flags[0]} does not go with --restore")
-    way = ("--from_structure", kept, "--target_style", "0")
+def test_settings_by_set_and_config_are_refused_like_those_by_flags(infer, saved, flags):
+    base = ("--checkpoint", CHECKPOINT, "--output", saved.with_name("b.png"))
+    refused(infer(*base, "--restore", saved, *flags), f"{flags[0]} does not go with --restore")
+    way = ("--from_structure", saved, "--target_style", "0")
     refused(infer(*base, *way, *flags), f"{flags[0]} does not go with --from_structure")
-    assert nothing_beside(kept)
+    assert nothing_beside(saved)
 
 
 def test_a_transfer_that_may_take_no_step_is_kept_and_restored_too(infer, pipeline, tmp_path):
     flags = ("--input", PICTURE, "--output", tmp_path / "a.png", "--num_steps", "2", "--min_structure", "1")
-    made(infer(*TO_WARM, *flags, "--save_structure", tmp_path / "k.safetensors"))
-    made(infer("--checkpoint", CHECKPOINT, "--restore", tmp_path / "k.safetensors", "--output", tmp_path / "b.png"))
+    out_of(infer(*TO_WARM, *flags, "--save_structure", tmp_path / "k.safetensors"))
+    out_of(infer("--checkpoint", CHECKPOINT, "--restore", tmp_path / "k.safetensors", "--output", tmp_path / "b.png"))
     assert np.array_equal(pixels(tmp_path / "b.png"), codecs_own(pipeline, Path(PICTURE)))
 
 
@@ -429,13 +431,13 @@ def parts_of(sheet: Path, picture: np.ndarray) -> int:
 
 def test_all_styles_are_made_from_one_inversion_and_shown_on_a_sheet(infer, pipeline, tmp_path):
     flags = ("--input", PICTURE, "--num_steps", "3")
-    out = made(infer(*FROM_COLD, *flags, "--target_style", "all", "--output", tmp_path / "out" / "x.png"))
+    out = out_of(infer(*FROM_COLD, *flags, "--target_style", "all", "--output", tmp_path / "out" / "x.png"))
     # By hand: alf takes N + 2 = 5 evaluations a leg; one inversion, one leg to its own style without guidance, and one
     # guided one of two evaluations each.
     assert "1 made, 20 network evaluations" in out and "cold -> 2 styles" in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.png", "x_cold.png", "x_warm.png"]
     for style in ("cold", "warm"):
-        made(infer(*FROM_COLD, *flags, "--target_style", style, "--output", tmp_path / f"{style}.png"))
+        out_of(infer(*FROM_COLD, *flags, "--target_style", style, "--output", tmp_path / f"{style}.png"))
         assert same(tmp_path / "out" / f"x_{style}.png", tmp_path / f"{style}.png")
     assert np.array_equal(pixels(tmp_path / "cold.png"), codecs_own(pipeline, Path(PICTURE)))
     # The source as the codec gives it back, which is also what its own style makes of it, and the other style.
@@ -445,13 +447,13 @@ def test_all_styles_are_made_from_one_inversion_and_shown_on_a_sheet(infer, pipe
 
 def test_frames_lead_from_the_picture_itself_to_the_transfer_in_steps(infer, pipeline, tmp_path):
     flags = ("--input", PICTURE, "--num_steps", "4", "--cfg_scale", "2")
-    out = made(
+    out = out_of(
         infer(*FROM_COLD, *flags, "--interpolate", "cold", "warm", "--frames", "11", "--output", tmp_path / "x.png")
     )
     assert "cold -> 11 styles" in out
     frames = [tmp_path / "x_frames" / f"x_{number:02}.png" for number in range(11)]
     assert sorted((tmp_path / "x_frames").iterdir()) == frames
-    made(infer(*TO_WARM, *flags, "--output", tmp_path / "warm.png"))
+    out_of(infer(*TO_WARM, *flags, "--output", tmp_path / "warm.png"))
     assert np.array_equal(pixels(frames[0]), codecs_own(pipeline, Path(PICTURE)))
     assert same(frames[-1], tmp_path / "warm.png")
     way = [np.abs(pixels(frame) - pixels(frames[0])).mean() for frame in frames]
@@ -461,8 +463,8 @@ def test_frames_lead_from_the_picture_itself_to_the_transfer_in_steps(infer, pip
 
 def test_the_ends_of_the_way_may_be_any_two_styles(infer, tmp_path):
     flags = ("--input", PICTURE, "--num_steps", "2", "--cfg_scale", "1")
-    made(infer(*FROM_COLD, *flags, "--interpolate", "1", "cold", "--frames", "2", "--output", tmp_path / "x.png"))
-    made(infer(*TO_WARM, *flags, "--output", tmp_path / "warm.png"))
+    out_of(infer(*FROM_COLD, *flags, "--interpolate", "1", "cold", "--frames", "2", "--output", tmp_path / "x.png"))
+    out_of(infer(*TO_WARM, *flags, "--output", tmp_path / "warm.png"))
     assert same(tmp_path / "x_frames" / "x_0.png", tmp_path / "warm.png")
     refused(
         infer(*FROM_COLD, *flags, "--interpolate", "cold", "hot", "--output", tmp_path / "y.png"), "'hot'", "1 = warm"
@@ -471,7 +473,7 @@ def test_the_ends_of_the_way_may_be_any_two_styles(infer, tmp_path):
 
 def test_frames_of_a_folder_have_a_folder_a_picture(infer, tmp_path, album):
     flags = ("--interpolate", "cold", "warm", "--frames", "2", "--num_steps", "1")
-    made(infer(*FROM_COLD, "--input", album, "--output", tmp_path / "out", *flags), 1)
+    out_of(infer(*FROM_COLD, "--input", album, "--output", tmp_path / "out", *flags), 1)
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
     stems = ("a", "b", "c", "deep/d")
     frames = {f"{s}_frames/{s.split('/')[-1]}_{number}.png" for s in stems for number in range(2)}
@@ -510,7 +512,7 @@ def test_frames_of_pictures_that_differ_only_in_their_format_do_not_meet(infer, 
     for seed, name in enumerate(("a.png", "a.jpg")):
         draw(tmp_path / "in" / name, 16, 16, seed)
     flags = ("--interpolate", "0", "1", "--frames", "2", "--num_steps", "1")
-    made(infer(*FROM_COLD, "--input", tmp_path / "in", "--output", tmp_path / "out", *flags))
+    out_of(infer(*FROM_COLD, "--input", tmp_path / "in", "--output", tmp_path / "out", *flags))
     found = sorted(path.name for path in (tmp_path / "out" / "a_frames").iterdir())
     assert found == ["a_0.jpg", "a_0.png", "a_1.jpg", "a_1.png"]
 
@@ -518,7 +520,7 @@ def test_frames_of_pictures_that_differ_only_in_their_format_do_not_meet(infer, 
 def test_a_picture_added_later_does_not_take_the_name_of_a_result_that_is_there(infer, tmp_path):
     flags = (*FROM_COLD, "--input", tmp_path / "in", "--output", tmp_path / "out", "--num_steps", "1")
     draw(tmp_path / "in" / "a_warm.png", 16, 16, seed=1)
-    made(infer(*flags, "--target_style", "all"))
+    out_of(infer(*flags, "--target_style", "all"))
     before = pixels(tmp_path / "out" / "a_warm.png")
     draw(tmp_path / "in" / "a.png", 16, 16, seed=2)
     infer(*flags, "--target_style", "all")
@@ -548,9 +550,9 @@ def structure_left(pipeline: Pipeline, result: Path, picture: Path) -> float:
 
 def test_the_strongest_transfer_above_the_floor_is_found_and_its_trials_are_printed(infer, pipeline, tmp_path):
     flags = (*TO_WARM, "--input", PICTURE, "--num_steps", "8", "--cfg_scale", "4", "--output", tmp_path / "a.png")
-    full = tried_in(made(infer(*flags, "--min_structure", "-1")))[1]
+    full = tried_in(out_of(infer(*flags, "--min_structure", "-1")))[1]
     floor = round((1 + full) / 2, 3)
-    out = made(infer(*flags, "--min_structure", floor, "--certify"))
+    out = out_of(infer(*flags, "--min_structure", floor, "--certify"))
     assert f"structure {floor:g} or more" in out and "003.png as warm" in out
     strength, reached, trials = tried_in(out)
     assert trials[strength] == reached >= floor - 5e-4 > full  # printed to three digits
@@ -561,23 +563,23 @@ def test_the_strongest_transfer_above_the_floor_is_found_and_its_trials_are_prin
     # On the uniform grid it is the plain transfer of that strength and as many steps as are left.
     steps = round(8 * strength)
     plain = ("--strength", steps / 8, "--num_steps", steps, "--output", tmp_path / "plain.png")
-    made(infer(*flags, *plain))
+    out_of(infer(*flags, *plain))
     assert np.abs(pixels(tmp_path / "plain.png") - pixels(tmp_path / "a.png")).max() <= 1
 
 
 def test_the_lowest_floor_is_the_full_transfer_and_the_highest_the_picture_itself(infer, pipeline, tmp_path):
     flags = (*TO_WARM, "--input", PICTURE, "--num_steps", "4")
-    assert tried_in(made(infer(*flags, "--min_structure", "-1", "--output", tmp_path / "low.png")))[0] == 1.0
-    made(infer(*flags, "--output", tmp_path / "plain.png"))
+    assert tried_in(out_of(infer(*flags, "--min_structure", "-1", "--output", tmp_path / "low.png")))[0] == 1.0
+    out_of(infer(*flags, "--output", tmp_path / "plain.png"))
     assert same(tmp_path / "low.png", tmp_path / "plain.png")
-    out = made(infer(*flags, "--min_structure", "1", "--output", tmp_path / "high.png", "--certify"))
+    out = out_of(infer(*flags, "--min_structure", "1", "--output", tmp_path / "high.png", "--certify"))
     assert tried_in(out)[:2] == (0.0, 1.0) and "exact (0 of" in out
     assert np.array_equal(pixels(tmp_path / "high.png"), codecs_own(pipeline, Path(PICTURE)))
 
 
 def test_a_lower_floor_never_gives_a_weaker_transfer(infer, tmp_path):
     flags = (*TO_WARM, "--input", PICTURE, "--num_steps", "6", "--cfg_scale", "4", "--output", tmp_path / "a.png")
-    strengths = [tried_in(made(infer(*flags, "--min_structure", floor)))[0] for floor in (0.99, 0.95, 0.9, 0.8, 0.6)]
+    strengths = [tried_in(out_of(infer(*flags, "--min_structure", floor)))[0] for floor in (0.99, 0.95, 0.9, 0.8, 0.6)]
     assert strengths == sorted(strengths) and strengths[0] < strengths[-1]
 
 
@@ -587,20 +589,20 @@ def test_every_picture_of_a_folder_gets_a_strength_of_its_own_and_small_ones_are
     for seed, (name, size) in enumerate(sizes.items()):
         draw(folder / name, *size, seed)
     flags = ("--num_steps", "6", "--cfg_scale", "4", "--min_structure", "0.97", "--batch_size", "3")
-    out = made(infer(*TO_WARM, "--input", folder, "--output", tmp_path / "out", *flags))
+    out = out_of(infer(*TO_WARM, "--input", folder, "--output", tmp_path / "out", *flags))
     notes = [line for line in out.splitlines() if " as warm: strength" in line]
     assert [Path(note.split()[0]).name for note in notes] == list(sizes)
     assert len({tried_in(note)[0] for note in notes}) > 1
     for note, (name, size) in zip(notes, sizes.items(), strict=True):
         single = ("--input", folder / name, "--output", tmp_path / name)
-        assert note in made(infer(*TO_WARM, *single, *flags)).splitlines()
+        assert note in out_of(infer(*TO_WARM, *single, *flags)).splitlines()
         assert same(tmp_path / name, tmp_path / "out" / name)
         assert Image.open(tmp_path / name).size == size
 
 
 def test_each_target_has_a_strength_of_its_own(infer, tmp_path):
     flags = ("--num_steps", "4", "--cfg_scale", "4", "--min_structure", "0.95", "--output", tmp_path / "a.png")
-    out = made(infer(*FROM_COLD, "--input", PICTURE, "--target_style", "all", *flags, "--certify"))
+    out = out_of(infer(*FROM_COLD, "--input", PICTURE, "--target_style", "all", *flags, "--certify"))
     cold, warm = (next(line for line in out.splitlines() if f"as {style}: " in line) for style in ("cold", "warm"))
     assert tried_in(cold)[:2] == (1.0, 1.0), "its own style changes nothing"
     assert tried_in(warm)[0] < 1 and "exact (0 of 1536" in out
@@ -609,31 +611,31 @@ def test_each_target_has_a_strength_of_its_own(infer, tmp_path):
 @pytest.mark.parametrize("extra", [["--method", "euler"], ["--time_grid", "cosine"], ["--strength", "0.5"]])
 def test_the_floor_is_kept_by_other_methods_grids_and_below_a_largest_strength(infer, pipeline, tmp_path, extra):
     flags = ("--input", PICTURE, "--num_steps", "5", "--cfg_scale", "4", "--output", tmp_path / "a.png")
-    strength, reached, trials = tried_in(made(infer(*TO_WARM, *flags, "--min_structure", "0.96", *extra)))
+    strength, reached, trials = tried_in(out_of(infer(*TO_WARM, *flags, "--min_structure", "0.96", *extra)))
     assert reached >= 0.96 and 0 < strength <= (0.5 if extra[0] == "--strength" else 1)
     assert max(trials) <= (0.5 if extra[0] == "--strength" else 1)
     assert structure_left(pipeline, tmp_path / "a.png", Path(PICTURE)) == pytest.approx(reached, abs=0.01)
 
 
 def test_a_structure_cut_short_by_its_floor_is_kept_and_repeated(infer, pipeline, tmp_path):
-    kept = tmp_path / "k.safetensors"
+    saved = tmp_path / "k.safetensors"
     flags = ("--input", PICTURE, "--num_steps", "6", "--cfg_scale", "4", "--min_structure", "0.95")
-    out = made(infer(*TO_WARM, *flags, "--output", tmp_path / "a.png", "--save_structure", kept))
+    out = out_of(infer(*TO_WARM, *flags, "--output", tmp_path / "a.png", "--save_structure", saved))
     assert 0 < tried_in(out)[0] < 1
-    made(infer("--checkpoint", CHECKPOINT, "--restore", kept, "--output", tmp_path / "back.png"))
+    out_of(infer("--checkpoint", CHECKPOINT, "--restore", saved, "--output", tmp_path / "back.png"))
     assert np.array_equal(pixels(tmp_path / "back.png"), codecs_own(pipeline, Path(PICTURE)))
-    again = ("--from_structure", kept, "--target_style", "warm", "--cfg_scale", "4", "--output", tmp_path / "b.png")
-    made(infer("--checkpoint", CHECKPOINT, *again, "--certify"))
+    again = ("--from_structure", saved, "--target_style", "warm", "--cfg_scale", "4", "--output", tmp_path / "b.png")
+    out_of(infer("--checkpoint", CHECKPOINT, *again, "--certify"))
     assert same(tmp_path / "a.png", tmp_path / "b.png")
 
 
 def test_another_style_of_a_cut_structure_prints_the_strength_it_has(infer, tmp_path):
-    kept = tmp_path / "k.safetensors"
+    saved = tmp_path / "k.safetensors"
     flags = ("--input", PICTURE, "--num_steps", "6", "--min_structure", "0.95", "--output", tmp_path / "a.png")
-    strength = tried_in(made(infer(*TO_WARM, *flags, "--cfg_scale", "4", "--save_structure", kept)))[0]
+    strength = tried_in(out_of(infer(*TO_WARM, *flags, "--cfg_scale", "4", "--save_structure", saved)))[0]
     assert 0 < strength < 1
-    again = ("--from_structure", kept, "--target_style", "warm", "--output", tmp_path / "b.png")
-    assert f"strength {strength:g}" in made(infer("--checkpoint", CHECKPOINT, *again))
+    again = ("--from_structure", saved, "--target_style", "warm", "--output", tmp_path / "b.png")
+    assert f"strength {strength:g}" in out_of(infer("--checkpoint", CHECKPOINT, *again))
 
 
 #################################################################################
@@ -643,43 +645,43 @@ def test_another_style_of_a_cut_structure_prints_the_strength_it_has(infer, tmp_
 
 def test_a_fixed_point_reports_its_largest_residual(infer, tmp_path):
     flags = ("--input", PICTURE, "--num_steps", "3", "--method", "heun", "--inversion", "fixed_point")
-    out = made(infer(*TO_WARM, *flags, "--tolerance", "1e-4", "--output", tmp_path / "a.png"))
+    out = out_of(infer(*TO_WARM, *flags, "--tolerance", "1e-4", "--output", tmp_path / "a.png"))
     largest = float(
         re.search(r"^fixed point: largest residual (\S+), all of them within 0.0001$", out, re.MULTILINE)[1]
     )
     assert 0 < largest <= 1e-4
-    made(infer(*TO_WARM, *flags[:-2], "--precision", "fp32", "--output", tmp_path / "explicit.png"))
+    out_of(infer(*TO_WARM, *flags[:-2], "--precision", "fp32", "--output", tmp_path / "explicit.png"))
     assert not same(tmp_path / "a.png", tmp_path / "explicit.png")
 
 
 def test_a_fixed_point_that_cannot_be_reached_names_the_pictures(infer, tmp_path, album):
     flags = ("--num_steps", "2", "--method", "euler", "--inversion", "fixed_point", "--tolerance", "0")
-    out = made(infer(*TO_WARM, "--input", album, "--output", tmp_path / "out", *flags, "--batch_size", "2"), 1)
+    out = out_of(infer(*TO_WARM, "--input", album, "--output", tmp_path / "out", *flags, "--batch_size", "2"), 1)
     names = ", ".join(str(album / name) for name in ("a.png", "b.png", "c.png", "deep/d.png"))
     assert f"not certified, 4 did not converge: {names}" in out
 
 
 def test_a_fixed_point_is_not_said_to_have_converged_where_a_strength_is_searched(infer, tmp_path):
     flags = ("--num_steps", "2", "--method", "euler", "--inversion", "fixed_point", "--tolerance", "0")
-    out = made(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", *flags, "--min_structure", "0.5"))
+    out = out_of(infer(*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png", *flags, "--min_structure", "0.5"))
     assert "all of them within" not in out
 
 
 def test_flowedit_draws_the_same_noise_for_the_same_seed(infer, tmp_path):
     flags = ("--input", PICTURE, "--method", "flowedit", "--num_steps", "3", "--noise_samples", "2")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        made(infer(*TO_WARM, *flags, "--seed", seed, "--output", tmp_path / f"{name}.png"))
-    made(infer(*TO_WARM, *flags[:-1], "1", "--seed", "1", "--output", tmp_path / "one.png"))
+        out_of(infer(*TO_WARM, *flags, "--seed", seed, "--output", tmp_path / f"{name}.png"))
+    out_of(infer(*TO_WARM, *flags[:-1], "1", "--seed", "1", "--output", tmp_path / "one.png"))
     assert same(tmp_path / "a.png", tmp_path / "b.png")
     assert not same(tmp_path / "a.png", tmp_path / "c.png") and not same(tmp_path / "a.png", tmp_path / "one.png")
 
 
 def test_flowedit_to_its_own_style_is_the_picture_and_a_frame_of_it_between_two_styles_works(infer, pipeline, tmp_path):
     flags = ("--input", PICTURE, "--method", "flowedit", "--num_steps", "3")
-    made(infer(*FROM_COLD, *flags, "--target_style", "cold", "--output", tmp_path / "a.png"))
+    out_of(infer(*FROM_COLD, *flags, "--target_style", "cold", "--output", tmp_path / "a.png"))
     assert np.abs(pixels(tmp_path / "a.png") - codecs_own(pipeline, Path(PICTURE))).max() <= 1  # it is off the lattice
-    made(infer(*FROM_COLD, *flags, "--interpolate", "cold", "warm", "--frames", "2", "--output", tmp_path / "x.png"))
-    made(infer(*TO_WARM, *flags, "--output", tmp_path / "warm.png"))
+    out_of(infer(*FROM_COLD, *flags, "--interpolate", "cold", "warm", "--frames", "2", "--output", tmp_path / "x.png"))
+    out_of(infer(*TO_WARM, *flags, "--output", tmp_path / "warm.png"))
     assert same(tmp_path / "x_frames" / "x_1.png", tmp_path / "warm.png")
 
 
@@ -691,12 +693,12 @@ def test_flowedit_to_its_own_style_is_the_picture_and_a_frame_of_it_between_two_
 @pytest.mark.parametrize("method", ["alf", "flowedit"])
 def test_a_folder_of_all_sizes_gives_what_its_pictures_give_one_by_one(infer, tmp_path, album, method):
     flags = ("--num_steps", "3", "--method", method)
-    out = made(infer(*TO_WARM, *flags, "--input", album, "--output", tmp_path / "out", "--batch_size", "2"), 1)
+    out = out_of(infer(*TO_WARM, *flags, "--input", album, "--output", tmp_path / "out", "--batch_size", "2"), 1)
     assert "4 made" in out and f"skipped: {album / 'bad.png'}: not a picture" in out
     names = ["a.png", "b.png", "c.png", "deep/d.png"]
     assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")) == names
     for name in names:
-        made(infer(*TO_WARM, *flags, "--input", album / name, "--output", tmp_path / "one.png"))
+        out_of(infer(*TO_WARM, *flags, "--input", album / name, "--output", tmp_path / "one.png"))
         gap = np.abs(pixels(tmp_path / "one.png") - pixels(tmp_path / "out" / name)).max()
         assert gap <= 1, name  # another batch shape is another order of summation
 
@@ -704,14 +706,14 @@ def test_a_folder_of_all_sizes_gives_what_its_pictures_give_one_by_one(infer, tm
 def test_only_what_is_missing_is_made_and_overwrite_makes_all_anew(infer, tmp_path, album):
     (album / "bad.png").unlink()
     flags = (*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out")
-    assert "4 made" in made(infer(*flags))
+    assert "4 made" in out_of(infer(*flags))
     before = pixels(tmp_path / "out" / "b.png")
     (tmp_path / "out" / "b.png").unlink()
     Image.new("RGB", (5, 5)).save(tmp_path / "out" / "a.png")
-    assert "1 made" in (out := made(infer(*flags))) and "3 were there already" in out
+    assert "1 made" in (out := out_of(infer(*flags))) and "3 were there already" in out
     assert np.abs(pixels(tmp_path / "out" / "b.png") - before).max() <= 1
     assert Image.open(tmp_path / "out" / "a.png").size == (5, 5)
-    assert "4 made" in made(infer(*flags, "--overwrite"))
+    assert "4 made" in out_of(infer(*flags, "--overwrite"))
     assert Image.open(tmp_path / "out" / "a.png").size == (32, 20)
 
 
@@ -719,7 +721,7 @@ def test_a_tile_size_does_not_matter_to_the_block_codec(infer, tmp_path):
     picture = draw(tmp_path / "a.png", 100, 70, seed=3)
     for tile in (64, 0):
         flags = ("--num_steps", "1", "--tile", tile, "--output", tmp_path / f"{tile}.png")
-        made(infer(*TO_WARM, "--input", picture, *flags))
+        out_of(infer(*TO_WARM, "--input", picture, *flags))
     assert same(tmp_path / "64.png", tmp_path / "0.png")
 
 
@@ -794,7 +796,7 @@ def test_a_result_that_cannot_be_written_is_one_line_for_a_picture_and_for_a_fol
     def full(picture, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(batch.images, "save_picture", full)
+    monkeypatch.setattr(jobs.images, "save_picture", full)
     flags = (*TO_WARM, "--num_steps", "1")
     refused(infer(*flags, "--input", PICTURE, "--output", tmp_path / "x.png"), "No space left", "x.png")
     refused(infer(*flags, "--input", album, "--output", tmp_path / "out"), "No space left", "a.png")
@@ -818,8 +820,8 @@ def test_a_picture_too_large_for_its_format_is_one_line(infer, tmp_path):
 def test_the_checkpoints_own_settings_are_those_of_a_plain_run_and_a_config_replaces_them(infer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"inference": {"num_steps": 2, "method": "heun", "cfg_scale": 3}}))
     base = (*TO_WARM, "--input", PICTURE, "--output", tmp_path / "a.png")
-    assert "alf, 20 steps a leg, source guidance 1.5, strength 1\n" in made(infer(*base))
+    assert "alf, 20 steps a leg, source guidance 1.5, strength 1\n" in out_of(infer(*base))
     config = ("--config", tmp_path / "config.json")
-    assert "heun, 2 steps a leg, source guidance 3, strength 1\n" in made(infer(*base, *config))
-    out = made(infer(*base, *config, "--set", "inference.num_steps=4", "--cfg_scale", "1", "--strength", "0.5"))
+    assert "heun, 2 steps a leg, source guidance 3, strength 1\n" in out_of(infer(*base, *config))
+    out = out_of(infer(*base, *config, "--set", "inference.num_steps=4", "--cfg_scale", "1", "--strength", "0.5"))
     assert "heun, 4 steps a leg, no guidance, strength 0.5\n" in out

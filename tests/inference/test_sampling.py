@@ -37,10 +37,10 @@ class Slope:
 @pytest.mark.parametrize("method", ["alf", "midpoint", "heun", "rk4"])
 def test_a_sample_ends_where_the_guided_flow_leads(method):
     x0, style = torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 2])
-    how = TransferSettings(method=method, num_steps=4, cfg_scale=3.0)
-    made = sample(Slope([1.0, 4.0, -2.0]), x0, style, how)
+    settings = TransferSettings(method=method, num_steps=4, cfg_scale=3.0)
+    latents = sample(Slope([1.0, 4.0, -2.0]), x0, style, settings)
     # v_style + 2 (v_style - v_null), integrated: (1 + 2 * 3) / 2, (4 + 2 * 6) / 2, and the null style by itself
-    assert torch.allclose(made - x0, torch.tensor([3.5, 8.0, -1.0]).view(3, 1, 1, 1).expand_as(x0), atol=1e-4)
+    assert torch.allclose(latents - x0, torch.tensor([3.5, 8.0, -1.0]).view(3, 1, 1, 1).expand_as(x0), atol=1e-4)
 
 
 def test_guidance_keeps_to_its_interval_and_the_grid_is_shifted():
