@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # A file's tests stay in one worker, which makes its fixtures once; tests/conftest.py says which file comes first.
-PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 demo: $(VENV)/.installed
 	$(RUN) demo.py
