@@ -21,8 +21,8 @@ def square(x: torch.Tensor) -> torch.Tensor:
 
 
 square.register_autograd(
-    lambda context, gradient: 2 * context.saved_tensors[0] * gradient,
-    setup_context=lambda context, inputs, output: context.save_for_backward(*inputs),
+    lambda ctx, gradient: 2 * ctx.saved_tensors[0] * gradient,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
@@ -43,7 +43,8 @@ class Square(torch.autograd.Function):
 x, one = torch.tensor(3.0), torch.tensor(1.0)
 value, tangent = torch.func.jvp(square, (x,), (one,))
 hidden = torch.func.jvp(lambda x: square(x) + x, (x,), (one,))[1]
-backward = torch.func.grad(square)(x)
+leaf = x.clone().requires_grad_()
+backward = torch.autograd.grad(square(leaf), leaf)[0]
 try:
     torch.func.jvp(Square.apply, (x,), (one,))
     raised = "nothing"
