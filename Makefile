@@ -1,5 +1,5 @@
 # make demo       everything end to end on pictures drawn by code; a fresh machine needs only python3 (3.10+) and make
-# make check      lint and format
+# make check      lint, format and types
 # make test       the tests but those marked slow, a few minutes on 2 cores
 # make test-all   all tests
 # make bench      the quick benchmarks: preprocessing, and a training step of a small network
@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 check: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-#	$(RUN) -m mypy isonext
+	$(RUN) -m mypy
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow" $(FLAGS)

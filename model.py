@@ -9,7 +9,7 @@ Fully convolutional: a model trained on one size runs on any other. The blocks f
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 class TimestepEmbedding(nn.Module):
     """t (B,) in [0, 1] -> (B, width): a sinusoid of 1000 t, `dim` wide, then a two-layer MLP, all in float32."""
+
+    frequencies: Tensor
 
     def __init__(self, dim: int, width: int | None = None) -> None:
         super().__init__()
@@ -98,6 +100,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+            assert self.bias is not None
             x, weight, bias = (tensor.to(torch.bfloat16) for tensor in (x, self.weight, self.bias))
             return depthwise(x, weight, bias)
         return super().forward(x)
@@ -124,7 +127,7 @@ def run_block(recompute: Recompute, block: Callable[..., Tensor], *inputs: Tenso
     """`block(*inputs)`, of which the backward pass computes again what `recompute` says."""
     if recompute == "none" or not torch.is_grad_enabled():
         return block(*inputs)
-    options = SELECTIVE if recompute == "selective" else {}
+    options: dict[str, Any] = SELECTIVE if recompute == "selective" else {}
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
@@ -135,6 +138,11 @@ class VelocityNetwork(nn.Module):
     In place of ids, `style` may be embeddings (B, width) made with `embed`, such as those between two styles.
     """
 
+    blocks: nn.ModuleList
+    style: nn.Embedding | None  # None: a DiT of one style
+    stem: nn.Module
+    head: nn.Conv2d | nn.Linear
+    hidden_dim: int
     size: tuple[int, ...] | None = None  # the only space that it takes, in cells; None: any
     patch_size = 1  # side of a token, in cells
     attends = False
@@ -145,6 +153,7 @@ class VelocityNetwork(nn.Module):
 
     def embed(self, style: Tensor) -> Tensor:
         """Style ids (B,) int64 -> their embeddings (B, width)."""
+        assert self.style is not None
         return self.style(style)
 
     def compile(self, **options) -> None:
@@ -220,11 +229,12 @@ class IsoNext(VelocityNetwork):
                 nn.init.zeros_(module.affine.weight)
             if isinstance(module, DepthwiseConv):  # each channel begins by seeing itself
                 with torch.no_grad():
-                    module.weight[:, :, module.padding[0], module.padding[1]] += 1
+                    middle = module.kernel_size[0] // 2
+                    module.weight[:, :, middle, middle] += 1
             if isinstance(module, Block):  # near the identity at start, whatever the depth
                 nn.init.constant_(module.gate, 0.1)
-        nn.init.zeros_(self.head.weight)  # v = 0 at start: the loss begins at the data's own variance
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)  # v = 0 at start: the loss begins at the data's own variance
 
     def condition(self, t: Tensor, style: Tensor) -> list[Tensor]:
         """t (B,), style ids or embeddings -> scale and shift (B, 2 D) of each AdaGN, in float32 whatever autocast says.
@@ -235,7 +245,8 @@ class IsoNext(VelocityNetwork):
         with torch.autocast(t.device.type, enabled=False):
             embedding = style if style.is_floating_point() else self.embed(style)
             cond = F.silu(self.join(torch.cat([self.time(t), embedding], dim=1)))
-            return [norm.affine(cond) for norm in (*(block.norm for block in self.blocks), self.norm)]
+            norms = (*(block.norm for block in self.blocks), self.norm)
+            return [norm.affine(cond) for norm in norms]  # type: ignore[union-attr, operator]  # they are AdaGN
 
     def forward(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
         *scale_shifts, last = self.condition(t, style)

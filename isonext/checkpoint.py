@@ -117,7 +117,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """stage1_epoch{N}.pt by rising N."""
     numbered = {path: re.fullmatch(r"stage1_epoch(\d+)\.pt", path.name) for path in folder.glob("stage1_epoch*.pt")}
-    return sorted((path for path, match in numbered.items() if match), key=lambda path: int(numbered[path][1]))
+    epochs = {path: int(match[1]) for path, match in numbered.items() if match}
+    return sorted(epochs, key=lambda path: epochs[path])
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:

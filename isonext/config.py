@@ -340,8 +340,9 @@ def config_page(translation: dict | None = None) -> str:
     columns = "key | default | allowed | why" if translation is None else translation["columns"]
     for section in dataclasses.fields(Config):
         lines += ["", f"## {section.name}", "", f"| {columns} |", "| --- | --- | --- | --- |"]
-        hints = typing.get_type_hints(section.type)
-        for entry in dataclasses.fields(section.type):
+        keys: Any = section.type  # the section's dataclass
+        hints = typing.get_type_hints(keys)
+        for entry in dataclasses.fields(keys):
             allowed, why = _describe(hints[entry.name], entry.metadata), entry.metadata["why"]
             if translation is not None:
                 why = translation["why"][f"{section.name}.{entry.name}"]

@@ -12,11 +12,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isonext.checkpoint import load_checkpoint, load_model
 from isonext.config import Config, InferenceConfig
-from isonext.data.autoencoder import DctCodec, load_autoencoder, tiled
+from isonext.data.autoencoder import Autoencoder, DctCodec, load_autoencoder, tiled
 from isonext.data.images import pad_to_multiple
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError, first_line
@@ -25,14 +25,15 @@ from isonext.flow.base import Base
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted, State, Transfer, TransferSettings
 from isonext.utils.device import allow_tf32, autocast, has_bf16
+from model import VelocityNetwork
 
 Style = int | Tensor  # an id for all pictures, ids (B,), or one embedding (1, style_dim) for all
 
 
 @dataclass
 class Pipeline:
-    model: nn.Module
-    codec: nn.Module
+    model: VelocityNetwork
+    codec: Autoencoder
     spec: LatentSpec
     device: torch.device
     bf16: bool  # the network under BF16 autocast; as trained, where the device has it, unless changed
@@ -121,7 +122,7 @@ class Pipeline:
             return work(x)
         factor = self.codec.factor
         cells = max(4, self.tile // factor), max(1, self.tile // factor * 3 // 8)  # latent cells, whole ones
-        tile, overlap = (count * factor // pixels_a_cell for count in cells)
+        tile, overlap = (int(count * factor // pixels_a_cell) for count in cells)
         return tiled(work, x, tile, overlap, ratio)
 
     #############################################################################
@@ -137,7 +138,7 @@ class Pipeline:
 
     def invert(self, latents: Tensor, source: Style, settings: TransferSettings) -> Inverted:
         with self._fit_for(settings):
-            return transfer.invert(self, latents.to(self.device), *self._styles(len(latents), source), settings)
+            return transfer.invert(self, latents.to(self.device), self._style(len(latents), source), settings)
 
     def generate(self, inverted: Inverted, source: Style, target: Style, settings: TransferSettings) -> Transfer:
         with self._fit_for(settings):
@@ -157,7 +158,7 @@ class Pipeline:
     def restore(self, structure: State, source: Style, settings: TransferSettings) -> State:
         """The picture of a structure of style `source`, by running its inversion backwards."""
         with self._fit_for(settings):
-            return transfer.restore(self, structure, *self._styles(_count(structure), source), settings)
+            return transfer.restore(self, structure, self._style(_count(structure), source), settings)
 
     def keep_structure(
         self,
@@ -178,16 +179,19 @@ class Pipeline:
         ends = self.embed(torch.tensor([a, b], device=self.device))
         return torch.lerp(ends[:1], ends[1:], share)
 
-    def _styles(self, count: int, *styles: Style) -> list[Tensor]:
-        tensors = (torch.as_tensor(style, device=self.device) for style in styles)
-        return [style.expand(count, *style.shape[1:]) for style in tensors]
+    def _style(self, count: int, style: Style) -> Tensor:
+        tensor = torch.as_tensor(style, device=self.device)
+        return tensor.expand(count, *tensor.shape[1:])
+
+    def _styles(self, count: int, source: Style, target: Style) -> tuple[Tensor, Tensor]:
+        return self._style(count, source), self._style(count, target)
 
 
 def _count(state: State) -> int:
     return len(state.position if isinstance(state, LatticeState) else state)
 
 
-def load_codec(spec: LatentSpec, device: torch.device, where: str) -> nn.Module:
+def load_codec(spec: LatentSpec, device: torch.device, where: str) -> Autoencoder:
     """The autoencoder of a model's latents; a UserError where it is not one of such latents."""
     codec = load_autoencoder(spec.autoencoder, device)
     if codec.channels != spec.channels:
@@ -207,7 +211,7 @@ def load_pipeline(path: str | Path, device: torch.device) -> tuple[Pipeline, Con
     checkpoint = load_checkpoint(path)
     spec = checkpoint.latents
     codec = load_codec(spec, device, str(path))
-    model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)
+    model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
     bf16 = checkpoint.config.training.use_amp and has_bf16(device)
     return Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base), checkpoint.config
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,19 @@ from isonext.utils.device import autocast
 WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
 
 
-def load_autoencoder(name: str, device: torch.device) -> nn.Module:
+class Autoencoder(Protocol):
+    """What all of them have: see the top of this file."""
+
+    name: str
+    channels: int
+    factor: int
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """A hub id or local folder of an AutoencoderKL or AutoencoderTiny, a checkpoint file, `dct`, or `dct:f4c12`."""
     if name == "dct" or name.startswith("dct:"):
         return DctCodec(name).to(device)
@@ -38,6 +51,8 @@ def load_autoencoder(name: str, device: torch.device) -> nn.Module:
 
 class DiffusersAutoencoder(nn.Module):
     """A pretrained VAE; encodes to the posterior mean. BF16 on CUDA, float32 elsewhere."""
+
+    vae: Any  # one of the classes of diffusers, which is not imported where it is not used
 
     def __init__(self, name: str, device: torch.device) -> None:
         super().__init__()
@@ -62,7 +77,7 @@ class DiffusersAutoencoder(nn.Module):
             return self.vae.decode(latents / self.scale + self.shift).sample.float()
 
 
-def _load_vae(name: str) -> nn.Module:
+def _load_vae(name: str) -> Any:
     if ldm_checkpoint.is_checkpoint(name):
         return ldm_checkpoint.load_checkpoint(name)
     import diffusers  # seconds to import, so only where it is used
@@ -101,10 +116,11 @@ def tiled(work: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, 
     """
     size = x.shape[-2:]
     spans = [_spans(length, tile, overlap) for length in size]
-    total, weight = None, None
+    total: Tensor | None = None
+    weight: Tensor | None = None
     for (top, bottom), (left, right) in itertools.product(*spans):
         part = work(x[..., top:bottom, left:right]).float()
-        if total is None:
+        if total is None or weight is None:
             total = part.new_zeros(*part.shape[:2], *(int(side * ratio) for side in size))
             weight = total[:1, :1].clone()
         place = [slice(int(a * ratio), int(b * ratio)) for a, b in ((top, bottom), (left, right))]
@@ -115,6 +131,7 @@ def tiled(work: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, 
         mask = (ramps[0][:, None] * ramps[1]).to(part)
         total[..., place[0], place[1]] += mask * part
         weight[..., place[0], place[1]] += mask
+    assert total is not None and weight is not None  # there is a tile
     return total / weight
 
 
@@ -151,6 +168,8 @@ class DctCodec(nn.Module):
     always means the same thing. At c = 3 f^2 nothing is lost; below, what is dropped is fine detail.
     """
 
+    analysis: Tensor
+    synthesis: Tensor
     COLOUR_ENERGY = (1.0, 0.02, 0.02)  # Y, Cb, Cr: colour carries a few hundredths of the energy of pictures
 
     def __init__(self, name: str) -> None:

@@ -20,7 +20,14 @@ from isonext.utils import distributed
 
 def store_of(root: Path, meta: StoreMeta) -> PtStore | ShardStore | ExternalStore:
     """The store at `root`, by the layout that its meta names."""
-    return {"pt": PtStore, "safetensors": ShardStore, "foreign": ExternalStore}[meta.layout](root, meta)
+    if meta.layout == "foreign":
+        return ExternalStore(root, meta)
+    return own_store(root, meta)
+
+
+def own_store(root: Path, meta: StoreMeta) -> PtStore | ShardStore:
+    """The same of a store that preprocess_latents.py wrote."""
+    return PtStore(root, meta) if meta.layout == "pt" else ShardStore(root, meta)
 
 
 def open_store(root: Path) -> StoreMeta:
@@ -32,7 +39,7 @@ def open_store(root: Path) -> StoreMeta:
         raise UserError(f"{root}: no latent store here; run: python preprocess_latents.py")
     if not meta.complete:
         raise UserError(f"{root}: preprocessing was not finished; run python preprocess_latents.py again")
-    store_of(root, meta).check()
+    own_store(root, meta).check()
     for style in meta.latents.styles:
         if not meta.counts[style]["train"]:
             raise UserError(f"{root / style}: the style has no training picture; add pictures and preprocess again")

@@ -122,7 +122,7 @@ def _outline(curve: str, numbers: list[float]) -> np.ndarray:
 
 def _read_kinds(table: str) -> dict[str, tuple[float, float, list[Part]]]:
     """Kind -> greatest tilt, greatest lift, parts."""
-    kinds = {}
+    kinds: dict[str, tuple[float, float, list[Part]]] = {}
     for entry in table.replace("\n ", " ").strip().splitlines():
         head, *groups = entry.split("|")
         name, tilt, lift = head.split()
@@ -175,8 +175,8 @@ class Scene:
 
 def _compose(rng: np.random.Generator) -> Scene:
     """A stage, and one to four objects, each in a column of its own, in colours unlike the ground's."""
-    *stage, hill = BACKDROPS[rng.integers(len(BACKDROPS))].split()
-    stage = np.array([ImageColor.getrgb(colour) for colour in stage], np.float32)
+    *colours, hill = BACKDROPS[rng.integers(len(BACKDROPS))].split()
+    stage = np.array([ImageColor.getrgb(colour) for colour in colours], np.float32)
     horizon = rng.uniform(0.5, 0.66)
     things = []
     if rng.random() < 0.5:

@@ -86,7 +86,7 @@ def _split(
         path = shards[parts.index(None)].path
         raise UserError(f"{path}: says neither train nor val, which names of other files here do; rename it")
     if "val" in parts:
-        of_row = np.repeat(parts, [len(shard) for shard in shards])
+        of_row = np.repeat(np.array(parts, str), [len(shard) for shard in shards])
         return {part: np.flatnonzero(of_row == part).tolist() for part in ("train", "val")}
     entries = [f"{styles[label]}/{row}" for row, label in enumerate(labels.tolist())]
     held = split_off({entry: entry for entry in entries}, fraction)
@@ -121,7 +121,7 @@ def _read_statistics(path: Path, channels: int) -> tuple[list[float], list[float
     values = [found.get(name) if isinstance(found, dict) else None for name in ("mean", "std")]
     if not all(isinstance(value, Tensor) and value.numel() == channels for value in values):
         raise UserError(f"{path}: must be a dict of `mean` and `std` of shape (1, {channels}, 1, 1)")
-    mean, std = (value.double().flatten() for value in values)
+    mean, std = (torch.as_tensor(value).double().flatten() for value in values)
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise UserError(f"{path}: mean and std must be finite, and std above 0; delete it to have them computed")
     return mean.tolist(), std.tolist()

@@ -128,14 +128,15 @@ def contact_sheet(
 ) -> Image.Image:
     """A grid of equally large pictures under column titles, beside the rows' names, on white; `zoom` repeats pixels."""
     width, height = (side * zoom for side in rows[0][0].size)
-    font = ImageFont.load_default(max(11, min(18, width // 8)))
-    head = int(font.size * 1.8) if titles else 0
+    letters = max(11, min(18, width // 8))
+    font = ImageFont.load_default(letters)
+    head = int(letters * 1.8) if titles else 0
     columns = max(len(row) for row in rows)
     left = gap + max((2 * gap + int(font.getlength(name)) for name in names), default=0)
     sheet = Image.new("RGB", (left + columns * (width + gap), head + gap + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(names):
-        draw.text((left - 2 * gap, head + gap + row * (height + gap) + height / 2), name, "black", font, anchor="rm")
+    for y, name in enumerate(names):
+        draw.text((left - 2 * gap, head + gap + y * (height + gap) + height / 2), name, "black", font, anchor="rm")
     for column, title in enumerate(titles):
         draw.text((left + column * (width + gap) + width / 2, head / 2 + gap / 2), title, "black", font, anchor="mm")
     for y, row in enumerate(rows):

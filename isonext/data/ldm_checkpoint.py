@@ -6,7 +6,7 @@ its weights. diffusers' own conversion wants a config beside the file and knows 
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def build(weights: dict[str, Tensor], path: str | Path) -> "AutoencoderKL":
             raise UserError(f"autoencoder {path}: {key} is no weight; {ADVICE}")
     config = read_architecture(weights, path)
     with torch.device("meta"):  # the weights below take the place of random ones, which would take seconds to draw
-        vae = AutoencoderKL(**config)
+        vae: Any = AutoencoderKL(**config)
     state = vae.state_dict()
     keys = {ldm_name(key, len(config["block_out_channels"])): key for key in state}
     _check_names(keys, weights, path)

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from isonext.config import Config, DataConfig
 from isonext.data import images
-from isonext.data.autoencoder import load_autoencoder
-from isonext.data.dataset import store_of
+from isonext.data.autoencoder import Autoencoder, load_autoencoder
+from isonext.data.dataset import own_store
 from isonext.data.pt_store import PtStore
 from isonext.data.shard_store import ShardStore, refuse_external
 from isonext.data.splits import group_pictures, split_off
@@ -86,18 +86,18 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
 #################################################################################
 
 
-def _find_work(data: DataConfig, codec: nn.Module, styles: list[str], pictures: dict[str, Path]) -> Work:
+def _find_work(data: DataConfig, codec: Autoencoder, styles: list[str], pictures: dict[str, Path]) -> Work:
     """Take stock of the store, which is not complete from here on. `pictures` is entry -> picture."""
     root = Path(data.data_root)
     meta = _prepare_meta(root, data, codec, styles)
     meta.write(root)
-    store = store_of(root, meta)
+    store = own_store(root, meta)
     removed, current = store.take_stock(pictures)
     todo = [(entry, picture) for entry, picture in pictures.items() if entry not in current]
     return Work(store, todo, store.plan(len(todo), BATCH), removed)
 
 
-def _prepare_meta(root: Path, data: DataConfig, codec: nn.Module, styles: list[str]) -> StoreMeta:
+def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list[str]) -> StoreMeta:
     """The store's meta, not complete until the end; an existing store of another kind is an error, not a mixture."""
     size = data.image_size
     if size % codec.factor:
@@ -121,7 +121,7 @@ def _prepare_meta(root: Path, data: DataConfig, codec: nn.Module, styles: list[s
 
 def _continued_styles(root: Path, old: StoreMeta, raw_root: str, styles: list[str]) -> list[str]:
     """Styles in id order: those of the store keep their ids, new ones come behind them."""
-    stored = store_of(root, old).stored_styles()
+    stored = own_store(root, old).stored_styles()
     # A style that has no latents yet (all its pictures were bad) may go as it came.
     known = [style for style in old.latents.styles if style in styles or style in stored]
     gone = [style for style in known if style not in styles]
@@ -154,7 +154,7 @@ class SquarePictures(Dataset):
 
 
 def encode(
-    work: Work, codec: nn.Module, config: Config, device: torch.device, quiet: bool | None
+    work: Work, codec: Autoencoder, config: Config, device: torch.device, quiet: bool | None
 ) -> dict[str, str | None]:
     """Encode and write this process's share of the work: entry -> None, or why its picture was skipped.
 
@@ -163,7 +163,11 @@ def encode(
     """
     todo, length = work.todo, work.plan.length
     pieces = [range(len(todo))[start : start + length] for start in range(0, len(todo), length)]
-    own = [p[start : start + BATCH] for p in pieces[rank() :: distributed.world()] for start in range(0, len(p), BATCH)]
+    own = [
+        list(p[start : start + BATCH])
+        for p in pieces[rank() :: distributed.world()]
+        for start in range(0, len(p), BATCH)
+    ]
     workers = min(
         config.training.num_workers, len(own) * BATCH, math.ceil((os.cpu_count() or 1) / distributed.local_world())
     )
@@ -174,7 +178,8 @@ def encode(
         collate_fn=list,
         multiprocessing_context="spawn" if workers and device.type != "cpu" else None,
     )
-    results, rows = {}, []
+    results: dict[str, str | None] = {}
+    rows: list[Row] = []
     total, quiet = sum(map(len, own)), quiet if distributed.is_main() else True
     progress = tqdm(total=total, desc="encoding", unit="picture", disable=quiet)
     with progress as bar, in_background(work.plan.backlog) as submit:
@@ -191,7 +196,7 @@ def encode(
 
 
 def _encoded(
-    items: list, todo: list[tuple[str, Path]], codec: nn.Module, flip: bool, device: torch.device
+    items: list, todo: list[tuple[str, Path]], codec: Autoencoder, flip: bool, device: torch.device
 ) -> list[Row]:
     """A batch of `SquarePictures` less the bad ones."""
     good = [item for item in items if item[1] is not None]
@@ -215,8 +220,8 @@ def _tally(work: Work, results: dict[str, str | None], pictures: dict[str, Path]
     """Count what was encoded, and take out of `pictures` and the store what was skipped."""
     report = Report(work.store.meta, kept=len(pictures) - len(work.todo), removed=work.removed)
     for entry, _ in work.todo:
-        if results[entry]:
-            report.skipped.append(results[entry])
+        if reason := results[entry]:
+            report.skipped.append(reason)
             work.store.discard(entry)
             del pictures[entry]
         else:

@@ -44,7 +44,7 @@ class ShardStore:
 
     def _entries(self) -> set[str]:
         """Those of all shards but the damaged ones."""
-        entries = set()
+        entries: set[str] = set()
         for path in shard_paths(self.root, OURS):
             with contextlib.suppress(UserError):
                 entries |= read_shard(path).pictures.keys()

@@ -56,7 +56,7 @@ def write_shard(path: Path, rows: list[Row], styles: list[str]) -> None:
     numbers = {style: number for number, style in enumerate(styles)}
     tensors = {"latents": torch.stack([row.latent for row in rows])}
     if rows[0].flipped is not None:
-        tensors["latents_flip"] = torch.stack([row.flipped for row in rows])
+        tensors["latents_flip"] = torch.stack([row.flipped for row in rows if row.flipped is not None])
     tensors["labels"] = torch.tensor([numbers[row.entry.partition("/")[0]] for row in rows])
     pictures = json.dumps({row.entry: row.source for row in rows})
     with written_whole(path) as beside:  # one entry of metadata: the order of several would change from run to run

@@ -54,7 +54,8 @@ class LatentSpec:
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         ones = [1] * (like.ndim - 2)
-        return tuple(torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std))
+        return mean, std
 
     def style_id(self, style: str) -> int:
         """The id of a style given by name, or by id as text."""
@@ -137,7 +138,7 @@ def fingerprint(picture: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def is_unchanged(picture: Path, source: list[int]) -> bool:
+def is_unchanged(picture: Path, source: list[int] | None) -> bool:
     """Whether the picture file is there and has the fingerprint `source`."""
     try:
         return fingerprint(picture) == source
@@ -147,7 +148,8 @@ def is_unchanged(picture: Path, source: list[int]) -> bool:
 
 def channel_statistics(parts: Iterable[Tensor]) -> tuple[list[float], list[float]]:
     """Per-channel mean and deviation of raw latents, given in parts (n, C, *space); summed in float64."""
-    total, squares, count = 0.0, 0.0, 0
+    total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
     for part in parts:
         values = part.double().transpose(0, 1).flatten(1)
         total, squares, count = total + values.sum(1), squares + values.square().sum(1), count + values.shape[1]

@@ -48,6 +48,7 @@ BATCH = 32
 CLASSIFIED = 2**28  # colour values of the training pictures that the classifier learns from: 1 GB
 
 Pictures = dict[str, dict[str, Tensor]]  # style -> file name without suffix -> pixels (3, S, S)
+Figure = Tensor | Estimate | float | int  # a tensor (N,) holds a value a picture
 
 
 @dataclass
@@ -57,8 +58,14 @@ class Direction:
     source: str
     target: str
     names: list[str]  # of its N pictures
-    values: dict[str, Tensor | Estimate | float | int]  # tensors (N,) hold a value a picture
+    values: dict[str, Figure]
     rows: list[list[Tensor]]  # (source, transfer[, true pair]) of every picture
+
+    def by_picture(self, figure: str) -> Tensor:
+        """(N,) the values of a figure that has one a picture."""
+        values = self.values[figure]
+        assert isinstance(values, Tensor), f"{figure} has no value a picture"
+        return values
 
     @functools.cached_property
     def figures(self) -> dict[str, Estimate | float | int]:
@@ -82,19 +89,20 @@ class Evaluation:
         A picture is transferred to several styles, and those transfers are not independent: where there is a value a
         picture, the mean of each picture's own comes first, and the interval is over pictures.
         """
-        values = [direction.values.get(figure) for direction in self.directions]
-        if any(value is None for value in values):
+        values = [direction.values[figure] for direction in self.directions if figure in direction.values]
+        if len(values) < len(self.directions):
             return None
-        if not all(isinstance(value, Tensor) for value in values):
-            return sum(value.mean if isinstance(value, Estimate) else value for value in values) / len(values)
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if len(tensors) < len(values):
+            return sum(point(value) for value in values) / len(values)
         means = torch.tensor(list(self.by_picture(figure).values()), dtype=torch.float64)
-        return share(means) if all(value.dtype == torch.bool for value in values) else bootstrap(means)
+        return share(means) if all(value.dtype == torch.bool for value in tensors) else bootstrap(means)
 
     def by_picture(self, figure: str) -> dict[Hashable, float]:
         """A figure that has a value a picture: the mean over the picture's transfers, by picture."""
-        numbers = defaultdict(list)
+        numbers: dict[Hashable, list[float]] = defaultdict(list)
         for direction in self.directions:
-            for name, number in zip(direction.names, direction.values[figure].tolist(), strict=True):
+            for name, number in zip(direction.names, direction.by_picture(figure).tolist(), strict=True):
                 numbers[name if self.paired else (direction.source, name)].append(number)
         return {picture: sum(values) / len(values) for picture, values in numbers.items()}
 
@@ -102,6 +110,13 @@ class Evaluation:
         """This evaluation's figure less the other's, picture by picture: what is hard for both cancels."""
         mine, theirs = self.by_picture(figure), other.by_picture(figure)
         return bootstrap(torch.tensor([mine[picture] - theirs[picture] for picture in mine], dtype=torch.float64))
+
+
+def point(value: Figure | None) -> float:
+    """A figure without its interval."""
+    if value is None:
+        raise ValueError("the figure was not measured")
+    return value.mean if isinstance(value, Estimate) else float(value)
 
 
 @dataclass
@@ -121,7 +136,7 @@ def load_styles(
     names: dict[str, list[Path]] | None = None,  # those of each style; all there are if None
 ) -> Pictures:
     """One folder a style; every style must be there, bad pictures are skipped."""
-    return {style: dict(_opened(root / style, size, limit, names and names[style])) for style in styles}
+    return {style: dict(_opened(root / style, size, limit, names[style] if names else None)) for style in styles}
 
 
 def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] | None = None) -> dict[str, Tensor]:
@@ -131,7 +146,8 @@ def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] |
     """
     latents = {}
     for style in pipeline.spec.styles:
-        pictures, parts = _opened(root / style, pipeline.spec.image_size, None, names and names[style]), []
+        chosen, parts = names[style] if names else None, []
+        pictures = _opened(root / style, pipeline.spec.image_size, None, chosen)
         while batch := [pixels for _, pixels in islice(pictures, BATCH)]:
             parts.append(pipeline.encode(torch.stack(batch)).cpu())
         latents[style] = torch.cat(parts)
@@ -199,8 +215,9 @@ class Evaluator:
                 for target, transferred in transfers.items():
                     results = _decode(pipeline, torch.cat(transferred.latents))
                     result.directions.append(self._direction(source, target, transferred, results))
-        if len(structures) > 1 and all(x0 is not None and len(x0) >= 5 for x0 in structures.values()):
-            result.base = base_figures(structures, self._picture_numbers(list(structures)) if self.pairs else None)
+        known = {style: x0 for style, x0 in structures.items() if x0 is not None and len(x0) >= 5}
+        if 1 < len(known) == len(structures):
+            result.base = base_figures(known, self._picture_numbers(list(structures)) if self.pairs else None)
         return result
 
     def _picture_numbers(self, styles: list[str]) -> Tensor:
@@ -247,7 +264,8 @@ class Evaluator:
         latents, results = torch.cat(transferred.latents)[chosen], results[chosen]
         before = torch.stack([self.test[source][name] for name in names])
         truth = torch.stack([partners[name] for name in names]) if self.pairs else None
-        values = self._style(results, before, target) | self._structure(results, before, truth)
+        values: dict[str, Figure] = {**self._style(results, before, target)}
+        values |= self._structure(results, before, truth)
         values |= self._distribution(latents, target)
         if self.perceptual:
             values |= self.perceptual.figures(results, before, _stack(self.test[target]))
@@ -260,7 +278,7 @@ class Evaluator:
         columns = [before, results] + ([truth] if self.pairs else [])
         return Direction(source, target, names, values, [list(row) for row in zip(*columns, strict=True)])
 
-    def _style(self, results: Tensor, before: Tensor, target: str) -> dict[str, Tensor | float]:
+    def _style(self, results: Tensor, before: Tensor, target: str) -> dict[str, Figure]:
         number, real = self.styles.index(target), _stack(self.test[target])
         return {
             "style_success": self.classifier.predict(results) == number,
@@ -272,8 +290,8 @@ class Evaluator:
             "lab_before": lab_distance(before, real),
         }
 
-    def _structure(self, results: Tensor, before: Tensor, truth: Tensor | None) -> dict[str, Tensor]:
-        values = {
+    def _structure(self, results: Tensor, before: Tensor, truth: Tensor | None) -> dict[str, Figure]:
+        values: dict[str, Figure] = {
             "ssim_to_source": ssim(results, before),
             "edge_f1_to_source": edge_f1(results, before),
             "self_similarity_to_source": self_similarity_distance(results, before),
@@ -290,10 +308,10 @@ class Evaluator:
             }
         return values
 
-    def _distribution(self, latents: Tensor, target: str) -> dict[str, Tensor | Estimate | float]:
+    def _distribution(self, latents: Tensor, target: str) -> dict[str, Figure]:
         train, test = self.train_latents[target], self.test_latents[target]
         of_train, of_results, of_test = (latent_features(part) for part in (train, latents, test))
-        values = {
+        values: dict[str, Figure] = {
             "nearest": nearest_distance(latents, train),
             "nearest_held_out": nearest_distance(test, train),  # of the target's own pictures, not of the sources
         }

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from isonext.errors import UserError
 
@@ -43,13 +44,13 @@ def swept_combinations(options: EvaluateOptions) -> list[Combination]:
         axes.append([(name, value) for value in re.split(r",(?![^\[]*\])", values)])  # not those inside [0, 1]
     combinations = []
     for point in product(*axes):
-        values = {"strength": options.strength} | dict(point)
+        chosen: dict[str, Any] = {"strength": options.strength} | dict(point)
         try:
-            strength = float(values.pop("strength"))
+            strength = float(chosen.pop("strength"))
         except ValueError:
             strength = math.nan
         if not 0 <= strength <= 1:
             raise UserError("strength: must be a number from 0 to 1")
-        swept = (f"inference.{name}={value}" for name, value in values.items())
+        swept = (f"inference.{name}={value}" for name, value in chosen.items())
         combinations.append(Combination(strength, (*options.overrides, *swept)))
     return combinations

@@ -6,6 +6,7 @@ Nothing is downloaded here. What is missing is said in one line of the report; U
 import importlib.util
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ class Perceptual:
 
     def __init__(self, size: int) -> None:
         """`size` is the side of the pictures in pixels."""
-        self.fid = self.lpips = None
-        self.missing = []
+        self.fid: Any = None  # torchmetrics', which is imported where it is there
+        self.lpips: Any = None
+        self.missing: list[str] = []
         why = _missing(("torchmetrics", "torch_fidelity"), INCEPTION)
         if why:
             self.missing.append(f"FID and KID were not measured: {why}")

@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 from isonext.data import images
-from isonext.evaluation.evaluator import Direction, Evaluation, Evaluator
+from isonext.evaluation.evaluator import Direction, Evaluation, Evaluator, point
 from isonext.evaluation.metrics import Estimate
 from isonext.flow.transfer import TransferSettings
 from isonext.utils.io import written_whole
@@ -69,8 +70,8 @@ def report_text(evaluator: Evaluator, results: list[Evaluation]) -> str:
     if len(results) > 1:
         return "\n".join(lines + _sweep_table(results))
     (result,) = results
-    for heading, columns in TABLES.items():
-        columns = [column for column in columns if column[1] in result.directions[0].figures]
+    for heading, known in TABLES.items():
+        columns = [column for column in known if column[1] in result.directions[0].figures]
         if columns:
             lines += [f"### {heading}", "", *_table(result.directions, columns), ""]
     if result.base:
@@ -85,7 +86,7 @@ def report_text(evaluator: Evaluator, results: list[Evaluation]) -> str:
 
 def _copies(directions: list[Direction]) -> list[str]:
     """A warning for each style of which test pictures are training pictures: their distance to those is zero."""
-    distances = {direction.target: direction.values["nearest_held_out"] for direction in directions}
+    distances = {direction.target: direction.by_picture("nearest_held_out") for direction in directions}
     copies = {style: int((nearest == 0).sum()) for style, nearest in distances.items()}
     return [
         f"warning: {count} of {len(distances[style])} test pictures of {style} are among its training pictures: no "
@@ -123,7 +124,7 @@ def _sweep_table(results: list[Evaluation]) -> list[str]:
         values += [result.difference(results[0], figure) if number else None for _, figure in COMPARED]
         cells = " | ".join(map(_show, values))
         differing = [direction.figures.get("round_trip_differing") for direction in result.directions]
-        trip = "-" if None in differing else f"{sum(differing)} differ"
+        trip = "-" if None in differing else f"{sum(map(point, differing)):.0f} differ"
         star = "*" if number in chosen else ""
         leakage = _show(result.base.get("leakage"))
         lines.append(f"| {star} | {label(result, results)} | {cells} | {leakage} | {trip} |")
@@ -131,7 +132,7 @@ def _sweep_table(results: list[Evaluation]) -> list[str]:
 
 
 def _point(result: Evaluation) -> tuple[float, float]:
-    return result.mean("style_success").mean, result.mean("ssim_to_source").mean
+    return point(result.mean("style_success")), point(result.mean("ssim_to_source"))
 
 
 def label(result: Evaluation, among: list[Evaluation]) -> str:
@@ -184,7 +185,7 @@ def write_report(evaluator: Evaluator, results: list[Evaluation], folder: Path) 
 
 def save_sheet(direction: Direction, folder: Path, count: int = 8, across: int = 3) -> Path:
     """The best, the median and the worst pictures by structure score, a block of `count` each, best first."""
-    order = direction.values["ssim_to_source"].argsort(descending=True).tolist()
+    order = direction.by_picture("ssim_to_source").argsort(descending=True).tolist()
     middle = max(0, len(order) // 2 - count // 2)
     chosen = order
     if len(order) > across * count:
@@ -212,10 +213,10 @@ def plot_front(results: list[Evaluation], path: Path) -> None:
     chosen = sorted(front(points), key=lambda number: points[number])
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     axes.plot(*zip(*(points[number] for number in chosen), strict=True), color="tab:red", linewidth=1, zorder=1)
-    for number, point in enumerate(points):  # names stand beside the plot: neighbours' would lie on each other
+    for number, place in enumerate(points):  # names stand beside the plot: neighbours' would lie on each other
         colour, name = "tab:red" if number in chosen else "tab:grey", label(results[number], results)
-        axes.scatter(*point, color=colour, zorder=2, label=f"{number + 1}   {name}")
-        axes.annotate(str(number + 1), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.scatter(*place, color=colour, zorder=2, label=f"{number + 1}   {name}")
+        axes.annotate(str(number + 1), place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="style success", ylabel="SSIM to source", title="Style against structure; red: the front")
     axes.margins(x=0.15)
     figure.legend(loc="outside right upper", fontsize=7)
@@ -232,7 +233,7 @@ def _brief(value: Estimate | float | None) -> str:
     return "-" if value is None else f"{value.mean if isinstance(value, Estimate) else value:.3f}"
 
 
-def _plain(figures: dict[str, Estimate | float | int]) -> dict:
+def _plain(figures: Mapping[str, Estimate | float | int | None]) -> dict:
     """As JSON takes it: what is no number, such as the ends of an interval that there is not, is null."""
 
     def plain(value: Estimate | float | int | None) -> dict | float | int | None:

@@ -5,6 +5,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ def small_model(device: torch.device) -> IsoNext:
     """A small network whose head is not zero, so that it moves things."""
     torch.manual_seed(0)
     model = IsoNext(latent_channels=4, num_styles=STYLES, hidden_dim=64, num_layers=3, num_groups=8).to(device)
-    nn.init.normal_(model.head.weight, std=0.05)
-    return model.to(memory_format=torch.channels_last)
+    torch.nn.init.normal_(model.head.weight, std=0.05)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
 
 
 def random_batch(device: torch.device, count: int = 4, side: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,8 +64,8 @@ def check_loss(check: Checks, device: torch.device) -> None:
     x0, x1 = torch.tensor([[[[1.0]]]], device=device), torch.tensor([[[[3.0]]]], device=device)
     t, style = torch.tensor([0.25], device=device), torch.tensor([0], device=device)
     # x_t = 0.75 * 1 + 0.25 * 3 = 1.5 and v = 3 - 1 = 2, so a model that says v = x_t is off by 0.5.
-    loss = flow_loss(lambda x, t, style: x, x0, x1, t, style).item()
-    check("the loss of one number by hand", loss == 0.25, f"{loss} (expected 0.25)")
+    one = flow_loss(lambda x, t, style: x, x0, x1, t, style).item()
+    check("the loss of one number by hand", one == 0.25, f"{one} (expected 0.25)")
     model, batch = small_model(device), random_batch(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
@@ -86,12 +87,12 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
         in_a, in_b = GuidedField(model, a), GuidedField(model, b)
         base = leapfrog_leg([(in_a, grid[::-1])], start)
         back = leapfrog_leg([(in_a, grid)], base)
-        structure = LatticeState(base.position, None)
+        structure = LatticeState(base.position, torch.zeros_like(base.position))
         moved = leapfrog_leg([(in_b, grid)], structure)
         again = leapfrog_leg([(in_b, grid[::-1])], moved)
         home = leapfrog_leg([(in_a, grid)], LatticeState(again.position, again.defect + base.defect))
     for name, end in (("picture -> structure -> picture", back), ("style a -> b -> a", home)):
-        differing = int((end.position != start.position).sum() + (end.defect != start.defect).sum())
+        differing = int(end.position.ne(start.position).sum() + end.defect.ne(start.defect).sum())
         check(f"{name}, 20 steps, BF16 network, bit for bit", differing == 0, f"{differing} elements differ")
     check("style a -> b moves the picture", not torch.equal(moved.position, start.position))
 
@@ -103,12 +104,12 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
 
 def check_memory(check: Checks, device: torch.device) -> None:
     def estimate(side: int, recompute: Recompute) -> float:
-        network = {"latent_channels": 4, "num_styles": STYLES, "hidden_dim": 384, "num_layers": 12}
+        network: dict[str, Any] = {"latent_channels": 4, "num_styles": STYLES, "hidden_dim": 384, "num_layers": 12}
         return footprint(functools.partial(IsoNext, **network), (4, side, side), True, True, recompute).peak(64) / 2**30
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        model = IsoNext(4, STYLES, recompute="full").to(device, memory_format=torch.channels_last)
+        model = IsoNext(4, STYLES, recompute="full").to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         shadow = copy.deepcopy(model)  # the EMA
         timed_step(model, optimizer, device, batch=64, side=64, bf16=True)()
@@ -152,9 +153,9 @@ def check_speed(check: Checks, device: torch.device) -> None:
         ("float32, channels_last", torch.channels_last, False),
         ("BF16, channels_last", torch.channels_last, True),
     ):
-        model = IsoNext(4, STYLES, hidden_dim=128, num_layers=4).to(device, memory_format=layout)
+        model = IsoNext(4, STYLES, hidden_dim=128, num_layers=4).to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks memory_format
         steps[name] = timed_step(model, torch.optim.AdamW(model.parameters()), device, 8, 32, bf16)
-    times = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(6):  # in turn, so that a noisy moment of the machine hits all alike; the first warms up
         for name, step in steps.items():
             times[name].append(step())

@@ -49,7 +49,8 @@ def evaluate(options: EvaluateOptions) -> int:
 def load_runs(options: EvaluateOptions) -> list[Run]:
     """The checkpoint, then the baselines, each under every setting; all must speak of the same latents, or nothing can
     be compared."""
-    device, combinations, runs = pick_device(options.device), swept_combinations(options), []
+    device, combinations = pick_device(options.device), swept_combinations(options)
+    runs: list[Run] = []
     for path in (options.checkpoint, *options.baselines):
         pipeline, trained = load_pipeline(path, device)
         if runs and pipeline.spec != runs[0].pipeline.spec:

@@ -32,7 +32,7 @@ class Certificate:
     def weigh(self, *ends: State | None, count: int | None = None) -> None:
         """Take in the defects of states at the ends of legs, of a batch or of its first `count` pictures."""
         for end in ends:
-            if isinstance(end, LatticeState) and end.defect is not None:
+            if isinstance(end, LatticeState):
                 defect = end.defect[:count].double() * LATTICE
                 self.defects += defect.numel()
                 self.defect_energy += defect.square().sum().item()
@@ -95,7 +95,7 @@ def digest(state: State) -> str:
 
 def _integers(state: State) -> tuple[Tensor, Tensor]:
     state = state if isinstance(state, LatticeState) else LatticeState.at_picture(state)
-    return state.position, torch.zeros_like(state.position) if state.defect is None else state.defect
+    return state.position, state.defect
 
 
 def _bytes(points: Tensor) -> bytes:

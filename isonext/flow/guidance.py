@@ -1,9 +1,20 @@
 """The field that a leg integrates: the network under one style, guided where asked."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from isonext.flow.loss import Model
+
+class Model(Protocol):
+    """What a leg needs of a network; `embed` only where styles are embeddings."""
+
+    @property
+    def null_style(self) -> int: ...  # the id that stands for a dropped label
+
+    def __call__(self, x: Tensor, t: Tensor, style: Tensor, /) -> Tensor: ...  # (B, ...), (B,), (B,) -> v (B, ...)
+
+    def embed(self, style: Tensor) -> Tensor: ...  # ids (B,) -> (B, style_dim)
 
 
 class GuidedField:
@@ -58,10 +69,11 @@ class GuidedField:
     def _plain_and_guided(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         self.nfe += 2
         twice = torch.cat([x, x])
+        assert self.reference is not None  # as the scale is not 1
         both = self.model(twice, self._times(twice, t), torch.cat([self.style, self.reference]))
         v, v_reference = both.float().chunk(2)
         each = (-1, *[1] * (x.ndim - 1))
-        differs = (self.style != self.reference).view(len(x), -1).any(1).view(each)
+        differs = self.style.ne(self.reference).view(len(x), -1).any(1).view(each)
         guided = v + (self.scale - 1) * differs * (v - v_reference)
         if not self.rescale:
             return v, guided

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (B, ...), t (B,), style (B,)) -> v (B, ...)
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (B, ...), t (B,), style (B,)) -> v (B, ...)
 
 #################################################################################
 #                                    Training                                   #
@@ -59,7 +59,7 @@ def pair_noise(x0: Tensor, x1: Tensor, style: Tensor) -> Tensor:
     return paired
 
 
-def flow_loss(model: Model, x0: Tensor, x1: Tensor, t: Tensor, style: Tensor) -> Tensor:
+def flow_loss(model: Velocity, x0: Tensor, x1: Tensor, t: Tensor, style: Tensor) -> Tensor:
     """(B,) mean squared error of the velocity of each sample: E |model(x_t, t, style) - (x1 - x0)|^2."""
     xt, target = path(x0, x1, t)
     return (model(xt, t, style).float() - target).square().flatten(1).mean(1)

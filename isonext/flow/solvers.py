@@ -72,7 +72,8 @@ def rk4_step(field: VelocityField, x: Tensor, a: float, b: float) -> Tensor:
     return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-ONE_STEP_METHODS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step, "rk4": rk4_step}
+Step = Callable[[VelocityField, Tensor, float, float], Tensor]
+ONE_STEP_METHODS: dict[str, Step] = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step, "rk4": rk4_step}
 
 
 def integrate(
@@ -111,11 +112,15 @@ def integrate_back(
     step = ONE_STEP_METHODS[method]
     worst = torch.zeros(len(y), device=y.device)
     for b, a in pairwise(grid):
-        y, residual = _invert_step(lambda x, a=a, b=b: step(field, x, a, b), step(field, y, b, a), y, tolerance)
+        y, residual = _invert_step(partial(_forward, step, field, a, b), step(field, y, b, a), y, tolerance)
         worst = torch.maximum(worst, residual)
         if trail is not None:
             trail.append((y, worst))
     return y, worst
+
+
+def _forward(step: Step, field: VelocityField, a: float, b: float, x: Tensor) -> Tensor:
+    return step(field, x, a, b)
 
 
 def _invert_step(
@@ -123,7 +128,8 @@ def _invert_step(
 ) -> tuple[Tensor, Tensor]:
     """x (B, ...) such that forward(x) = y, from a first guess; the best that was met, and its residual (B,)."""
     best, residual = x, torch.full((len(x),), math.inf, device=x.device)
-    points, misses = [], []  # the last few iterates and what each lacks, (B, n)
+    points: list[Tensor] = []  # the last few iterates (B, n)
+    misses: list[Tensor] = []  # what each of them lacks
     for _ in range(limit):
         miss = y - forward(x)
         size = miss.abs().flatten(1).amax(1)
@@ -163,7 +169,7 @@ class LatticeState:
     """
 
     position: Tensor
-    defect: Tensor | None  # None at the end of a leg that nobody means to run back
+    defect: Tensor
 
     @classmethod
     def at_picture(cls, x: Tensor) -> "LatticeState":
@@ -199,7 +205,6 @@ def leapfrog_leg(
     pieces: Sequence[tuple[VelocityField, Sequence[float]]],  # a field and its part of the grid, one after another
     state: LatticeState,
     trail: list[tuple[Tensor, Tensor]] | None = None,  # is given x and w, on the lattice, after every step
-    reversible: bool = True,  # False: leave the defect out at the end, and with it one evaluation
 ) -> LatticeState:
     """Asynchronous leapfrog (Zhuang et al., "MALI", arXiv:2102.04668, eq. 3) on integers; N + 2 evaluations.
 
@@ -218,12 +223,13 @@ def leapfrog_leg(
         peaks.append(v.abs().amax())
         return _nearest(v)
 
-    x, before = state.position, None
+    x = state.position
+    before: VelocityField | None = None
     for field, grid in pieces:
         if before is None:
-            w = velocity(field, x, grid[0]) + (0 if state.defect is None else state.defect)
-        else:
-            w = w + velocity(partial(field.change_from, before), x, grid[0])
+            w = velocity(field, x, grid[0]) + state.defect
+        else:  # only guided fields come in several pieces
+            w = w + velocity(partial(field.change_from, before), x, grid[0])  # type: ignore[attr-defined]
         for a, b in pairwise(grid):
             half = (b - a) / 2
             m = x + _drift(w, half)
@@ -232,7 +238,7 @@ def leapfrog_leg(
             if trail is not None:
                 trail.append((x, w))
         before = field
-    end = LatticeState(x, w - velocity(field, x, grid[-1]) if reversible else None)
+    end = LatticeState(x, w - velocity(field, x, grid[-1]))
     check_finite(torch.stack(peaks).amax())
     return end
 

@@ -4,12 +4,13 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from isonext.flow.guidance import GuidedField
-from isonext.flow.loss import Model
+from isonext.flow.guidance import Model as Network
 from isonext.flow.solvers import (
     ONE_STEP_METHODS,
     LatticeState,
@@ -25,6 +26,12 @@ from isonext.flow.solvers import (
 
 METHODS = ("alf", *ONE_STEP_METHODS, "flowedit")
 State = LatticeState | Tensor  # where a leg begins and ends: on the lattice for alf, plain latents for the others
+
+
+class Model(Network, Protocol):
+    """A network and where its flow starts; `x0` is for flowedit alone."""
+
+    def x0(self, noise: Tensor, x1: Tensor, style: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -164,10 +171,13 @@ def undo(
 
     For alf the first state is `transfer.start` to the bit, the second the picture with a defect of zero.
     """
+    if transfer.start is None or transfer.end is None:
+        raise ValueError("flowedit has no legs, so there is nothing to run backwards")
     leg = settings.legs(model, source, target)[1].backwards()
     start, residual = _run_leg(leg, transfer.end, _unclamped(settings))
-    if isinstance(start, LatticeState):  # the generation left this behind
-        begun = _start_of_generation(model, transfer.start, source, target)
+    begun = _start_of_generation(model, transfer.start, source, target)
+    if isinstance(start, LatticeState) and isinstance(begun, LatticeState):
+        assert isinstance(transfer.start, LatticeState)
         start = LatticeState(start.position, start.defect - begun.defect + transfer.start.defect)
     return start, restore(model, start, source, settings), residual
 
@@ -195,10 +205,12 @@ def keep_structure(
     its states are kept: a trial costs a generation leg (and for alf one evaluation more). Where no step may be taken
     the picture itself is returned.
     """
-    field, grid, trail = GuidedField(model, source), settings.grid, []
-    _run_leg(Leg([(field, grid[::-1])]), _start(x1, settings), settings, trail)
-    trail = [*reversed(trail), None]  # at each time of the grid
-    transfers, scores = {}, {}
+    field, grid = GuidedField(model, source), settings.grid
+    passed: list[Any] = []  # the states after each step
+    _run_leg(Leg([(field, grid[::-1])]), _start(x1, settings), settings, passed)
+    trail = [*reversed(passed), None]  # at each time of the grid
+    transfers: dict[int, Transfer] = {}
+    scores: dict[int, float] = {}
 
     def structure(skip: int) -> Inverted:
         solved = settings.inversion == "fixed_point"
@@ -228,7 +240,7 @@ def _run_leg(
     leg: Leg, state: State, settings: TransferSettings, trail: list | None = None
 ) -> tuple[State, Tensor | None]:
     """One leg either way, and the residual (B,) of a solved one; a falling grid leads towards the structure."""
-    if settings.method == "alf":
+    if isinstance(state, LatticeState):
         return leapfrog_leg(leg.pieces, state, trail), None
     if settings.inversion == "explicit":
         for field, grid in leg.pieces:
@@ -253,7 +265,7 @@ def null_styles(model: Model, style: Tensor) -> Tensor:
 def _start_of_generation(model: Model, structure: State, source: Tensor, target: Tensor) -> State:
     """Where the generation leg begins: for alf at the structure with a defect of zero, but in pictures whose target is
     their source."""
-    if not isinstance(structure, LatticeState) or structure.defect is None:
+    if not isinstance(structure, LatticeState):
         return structure
     equal = (model.embed(source) == target).all(1) if target.is_floating_point() else source == target
     return LatticeState(structure.position, structure.defect * equal.view(-1, *[1] * (structure.position.ndim - 1)))

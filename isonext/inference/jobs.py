@@ -121,6 +121,7 @@ def restore_picture(options: RestoreOptions) -> int:
     source = pipeline.spec.style_id(structure.source)
     with deterministic(pipeline.device):
         picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings)
+        assert isinstance(picture, LatticeState)  # as the structure is one
     if digest(picture) != structure.original:
         print(f"certificate: NOT exact: other latents than the original's; {likely_cause(structure.settings)}")
         print("nothing was written")
@@ -185,6 +186,7 @@ def transfer_batch(batch: Batch, plan: Plan, report: Report) -> list[Transfer]:
 
 def describe_structure(batch: Batch, plan: Plan, transfer: Transfer, settings: TransferSettings) -> Structure:
     """What the structure file of a picture on its way to its one target says."""
+    assert isinstance(transfer.start, LatticeState)  # of alf, which alone may be asked for it
     return Structure(
         state=transfer.start,
         source=plan.pipeline.spec.styles[plan.source],
@@ -198,7 +200,8 @@ def describe_structure(batch: Batch, plan: Plan, transfer: Transfer, settings: T
 
 def find_strength(batch: Batch, plan: Plan, target: Target, report: Report) -> tuple[Transfer, TransferSettings]:
     """--min_structure: the strongest transfer whose SSIM to the picture, both decoded, is the floor or more."""
-    pipeline = plan.pipeline
+    pipeline, floor = plan.pipeline, plan.min_structure
+    assert floor is not None
     enlarge = math.ceil(11 / min(batch.size))  # SSIM's window is 11 pixels wide
 
     def decoded(latents: Tensor) -> Tensor:
@@ -210,7 +213,7 @@ def find_strength(batch: Batch, plan: Plan, target: Target, report: Report) -> t
         return ssim(decoded(latents), before).item()
 
     transfer, cut, tried = pipeline.keep_structure(
-        batch.latents, plan.source, target.style, plan.settings, score, plan.min_structure
+        batch.latents, plan.source, target.style, plan.settings, score, floor
     )
     reached = dict(tried)[1 - cut.grid[0]]
     trials = ", ".join(f"{strength:.2f}: {value:.3f}" for strength, value in sorted(tried))

@@ -134,5 +134,6 @@ def find_targets(options: TargetOptions, pipeline: Pipeline) -> list[Target]:
         ]
     if options.style == "all" and "all" not in styles:
         return [Target(style, style, number) for number, style in enumerate(styles)]
+    assert options.style is not None  # the one or the other was given
     number = pipeline.spec.style_id(options.style)
     return [Target(styles[number], styles[number], number)]

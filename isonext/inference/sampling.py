@@ -140,7 +140,7 @@ def draw_noise(pipeline: Pipeline, seed: int, numbers: list[int]) -> tuple[Tenso
 
 def draw_sheet(samples: list[Sample], spec: LatentSpec) -> Image.Image:
     """The sheet: a row a style, or where there is one style rows of it; the first few samples of each."""
-    rows = defaultdict(list)
+    rows: dict[int, list[Image.Image]] = defaultdict(list)
     for sample in samples:
         if len(rows[sample.style]) < COLUMNS:
             rows[sample.style].append(images.open_picture(sample.path))

@@ -57,6 +57,7 @@ class Structure:
 
 def fixed_bits(pipeline: Pipeline) -> dict[str, str | bool]:
     """What fixes the network's output to the last bit, beside its input."""
+    assert pipeline.path is not None  # it came from a file
     return {
         "checkpoint": _file_sha256(pipeline.path),
         "precision": "bf16" if pipeline.bf16 else "fp32",

@@ -67,7 +67,8 @@ def _step_bytes(model: VelocityNetwork, shape: tuple[int, ...], bf16: bool, chan
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # saves what a GPU's saves
             return model(*inputs)
 
-    state = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    state = [*model.parameters(), *gradients]
     with _LiveBytes(state) as live:
         x0, x1 = (torch.empty(shape, memory_format=layout) for _ in range(2))
         t, style = torch.empty(pictures), torch.empty(pictures, dtype=torch.int64)

@@ -131,6 +131,8 @@ class DiT(VelocityNetwork):
     With one style there is nothing to tell apart, and no embedding.
     """
 
+    places: Tensor  # added to the tokens, or empty
+
     attends = True
 
     def __init__(
@@ -178,10 +180,12 @@ class DiT(VelocityNetwork):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         # Classes begin at deviation 1, nn.Embedding's own, and not at DiT's 0.02: short runs tell them apart sooner.
-        for layer in (self.time.mlp[0], self.time.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for block in self.blocks:  # the identity at start
-            nn.init.zeros_(block.affine.weight)
+        for layer in self.time.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Block):  # the identity at start
+                nn.init.zeros_(module.affine.weight)
         nn.init.zeros_(self.affine.weight)
         nn.init.zeros_(self.head.weight)  # v = 0 at start: the loss begins at the data's own variance
 
@@ -194,7 +198,8 @@ class DiT(VelocityNetwork):
         with torch.autocast(t.device.type, enabled=False):
             embedding = style if style.is_floating_point() else self.embed(style)
             cond = F.silu(self.time(t) + embedding)
-            return [affine(cond) for affine in (*(block.affine for block in self.blocks), self.affine)]
+            affines = (*(block.affine for block in self.blocks), self.affine)
+            return [affine(cond) for affine in affines]  # type: ignore[operator]  # they are nn.Linear
 
     def forward(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
         if x.shape[2:] != self.size:

@@ -28,9 +28,9 @@ class Batch:
     def to(self, device: torch.device, channels_last: bool) -> "Batch":
         """On the device; to CUDA by way of pinned memory, so that nothing waits for the copy."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        tensors = (self.x0, self.x1, self.t, self.style)
+        tensors = [self.x0, self.x1, self.t, self.style]
         if device.type == "cuda":
-            tensors = (tensor.pin_memory() for tensor in tensors)
+            tensors = [tensor.pin_memory() for tensor in tensors]
         x0, x1, t, style = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return Batch(x0.contiguous(memory_format=layout), x1.contiguous(memory_format=layout), t, style)
 

@@ -64,7 +64,7 @@ def choose_micro_batch(
     size = min(share, (MIN_AT_ONCE if asked == "auto" else asked) or share)
     if from_input == "auto":
         from_input = needs("selective").largest(limit) < size
-    recompute = "full" if from_input else "selective"
+    recompute: Recompute = "full" if from_input else "selective"
     if asked == "auto":
         size = equal_pieces(share, needs(recompute).largest(limit))
     if recompute == "selective" and needs("none").largest(limit) >= size:

@@ -61,10 +61,11 @@ class Trainer:
         micro_batch = self._choose_micro_batch(network)
         torch.manual_seed(training.seed)
         layout = torch.channels_last if training.channels_last else torch.contiguous_format
-        model = network(recompute=micro_batch.recompute).to(self.device, memory_format=layout)
+        model = network(recompute=micro_batch.recompute)
+        model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks memory_format
         self.state = TrainState.start(model, training)
         self._resume(resume)
-        if other:
+        if other and init:
             self.accelerator.print(take_over((model, self.state.ema.model), other, init, self.spec))
         if self.accelerator.is_main_process:
             remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
@@ -117,6 +118,7 @@ class Trainer:
 
     def _make_validation(self) -> Validation:
         training, averaged = self.config.training, self.state.ema.model
+        assert isinstance(averaged, VelocityNetwork)
 
         def losses(batch: Batch) -> Tensor:
             return self.gradients.losses(averaged, batch.to(self.device, training.channels_last))

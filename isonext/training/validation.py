@@ -14,7 +14,7 @@ from isonext.config import InferenceConfig
 from isonext.data import images
 from isonext.data.dataset import LatentSplit
 from isonext.errors import UserError, first_line
-from isonext.evaluation.evaluator import Evaluator
+from isonext.evaluation.evaluator import Evaluator, point
 from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline, transfer_settings
@@ -116,8 +116,12 @@ class TransferFigures:
         known, held = (
             pick_by_style(part, math.ceil(n / len(styles))) for part, n in ((train, MAX_KNOWN), (val, MAX_TRANSFERRED))
         )
+
+        def decoded(latents: Tensor) -> Tensor:
+            return pipeline.decode(latents.to(pipeline.device), size, size).cpu().clamp(-1, 1)
+
         pictures = {
-            style: dict(enumerate(pipeline.decode(latents.to(pipeline.device), size, size).cpu().clamp(-1, 1)))
+            style: {str(number): pixels for number, pixels in enumerate(decoded(latents))}
             for style, latents in held.items()
         }
         self.pipeline, self.settings = pipeline, settings
@@ -127,10 +131,10 @@ class TransferFigures:
     def measure(self) -> dict[str, float]:
         """The figures, by the names they have in the log."""
         result = self.evaluator.measure(self.pipeline, self.settings, "", self.directions, quick=True, quiet=True)
-        success, similarity = (result.mean(figure).mean for figure in ("style_success", "ssim_to_source"))
+        success, similarity = (point(result.mean(figure)) for figure in ("style_success", "ssim_to_source"))
         numbers = {"val_style_success": success, "val_ssim": similarity}
         numbers["val_score"] = math.sqrt(success * max(0.0, similarity))
-        return numbers | ({"val_leakage": result.base["leakage"].mean} if result.base else {})
+        return numbers | ({"val_leakage": point(result.base["leakage"])} if result.base else {})
 
 
 def draw_preview(pipeline: Pipeline, split: LatentSplit, settings: TransferSettings) -> Image.Image:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from isonext.errors import UserError
 from isonext.utils.distributed import rank
@@ -87,7 +88,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     A second signal falls through to Python's own handling, so that a stuck process can still be ended.
     """
     received = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def remember(signum, _frame) -> None:
         received.append(signum)
@@ -98,5 +99,5 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(received)
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
