@@ -135,10 +135,12 @@ class StyleClassifier(nn.Module):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(4 * width, num_styles)
+        # NHWC, in which its convolutions take little more than half of the time on a CPU.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, num_styles)."""
-        return self.head(self.features(pixels).mean((2, 3)))
+        return self.head(self.features(pixels.contiguous(memory_format=torch.channels_last)).mean((2, 3)))
 
     @torch.inference_mode()
     def predict(self, pixels: Tensor) -> Tensor:
