@@ -116,7 +116,7 @@ def restore_picture(options: RestoreOptions) -> int:
     """A structure file back to its original's latents, bit for bit; returns the exit status."""
     distributed.refuse_several("one picture")
     output, structure = picture_path(options.output), load_structure(options.structure)
-    pipeline, _ = open_pipeline(options.network, 1, structure)
+    pipeline, _ = open_pipeline(options.network, structure)
     refuse_other_bits(structure, pipeline, options.structure)
     source = pipeline.spec.style_id(structure.source)
     with deterministic(pipeline.device):

@@ -54,7 +54,8 @@ class Plan:
 
 def plan_transfer(options: TransferOptions, pictures: int) -> Plan:
     """Everything that can be wrong with the options is found here, before the first picture."""
-    pipeline, trained = open_pipeline(options.network, pictures)
+    pipeline, trained = open_pipeline(options.network)
+    compile_where_it_pays(pipeline, options.network.compile, is_worth_compiling(trained, pictures))
     settings = resolve_settings(options.settings, trained, options.network.checkpoint)
     if settings.inversion == "fixed_point" and options.network.precision == "bf16":
         raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
@@ -73,7 +74,7 @@ def plan_transfer(options: TransferOptions, pictures: int) -> Plan:
 
 def plan_restyle(options: RestyleOptions, structure: Structure) -> Plan:
     """The same for a structure that was kept, whose file says where it came from."""
-    pipeline, trained = open_pipeline(options.network, 1, structure)
+    pipeline, trained = open_pipeline(options.network, structure)
     settings = resolve_settings(options.settings, trained, options.network.checkpoint, structure.settings)
     source = pipeline.spec.style_id(structure.source)
     plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings)
@@ -81,9 +82,7 @@ def plan_restyle(options: RestyleOptions, structure: Structure) -> Plan:
     return plan
 
 
-def open_pipeline(
-    options: NetworkOptions, pictures: int = 1, structure: Structure | None = None
-) -> tuple[Pipeline, dict]:
+def open_pipeline(options: NetworkOptions, structure: Structure | None = None) -> tuple[Pipeline, dict]:
     """The pipeline in the precision asked for (that of a kept structure, if there is one), and its config as a tree."""
     pipeline, config = load_pipeline(options.checkpoint, pick_device(options.device))
     precision = structure.bits["precision"] if structure and options.precision == "auto" else options.precision
@@ -91,10 +90,20 @@ def open_pipeline(
         pipeline.bf16 = precision == "bf16"
     allow_tf32(config.training.tf32)
     pipeline.tile = options.tile or None
-    pays = structure.bits["compiled"] if structure else config.training.compile and pictures >= COMPILE_FROM
-    if options.compile == "on" or (options.compile == "auto" and pays):
-        pipeline.compile()
+    if structure:
+        compile_where_it_pays(pipeline, options.compile, bool(structure.bits["compiled"]))
     return pipeline, config_to_dict(config)
+
+
+def compile_where_it_pays(pipeline: Pipeline, asked: str, pays: bool) -> None:
+    """`asked` is on, off, or auto; auto is `pays`."""
+    if asked == "on" or (asked == "auto" and pays):
+        pipeline.compile()
+
+
+def is_worth_compiling(trained: dict, pictures: int) -> bool:
+    """Whether a network that was compiled in training is so for that many pictures."""
+    return trained["training"]["compile"] and pictures >= COMPILE_FROM
 
 
 def resolve_settings(

@@ -18,7 +18,7 @@ from isonext.errors import UserError
 from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings
 from isonext.inference.options import SampleOptions
-from isonext.inference.plan import open_pipeline, resolve_settings
+from isonext.inference.plan import compile_where_it_pays, is_worth_compiling, open_pipeline, resolve_settings
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
@@ -37,9 +37,10 @@ class Sample:
 
 def sample_pictures(options: SampleOptions) -> int:
     """Everything that can be wrong with the options is found before the first picture; returns the exit status."""
-    pipeline, trained = open_pipeline(options.network, options.num_samples or options.num_samples_per_style)
+    pipeline, trained = open_pipeline(options.network)
     settings = sampling_settings(options, trained, pipeline.spec, pipeline.base)
     samples, size = plan_samples(options, pipeline.spec), options.network.batch_size
+    compile_where_it_pays(pipeline, options.network.compile, is_worth_compiling(trained, len(samples)))
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     # What is left to do is seen before anybody does it; a batch is made whole, since its bits may depend on its size.
     todo = distributed.from_main(

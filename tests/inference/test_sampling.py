@@ -10,6 +10,7 @@ from PIL import Image
 from helpers import CHECKPOINT, STUDIO, call, call_within, draw_styles, launch, refused
 from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings, sample
+from isonext.inference import sampling
 from isonext.inference.sampling import draw_noise
 from isonext.pipeline import load_pipeline
 from isonext.utils.seeding import seeded
@@ -121,6 +122,18 @@ def test_samples_by_style_a_second_run_and_a_subset(within, studio):
     assert status == 0 and (studio / "t" / "warm_001.png").read_bytes() != first["cold_001.png"]
     ours, theirs = (np.asarray(Image.open(studio / name / "warm_001.png")).astype(int) for name in "st")
     assert abs(ours - theirs).max() <= 1  # the same noise, in a batch of another size
+
+
+@pytest.mark.parametrize(("each", "compiled"), [("49", False), ("50", True)])
+def test_auto_compiles_for_as_many_pictures_as_there_are_of_all_styles(within, monkeypatch, each, compiled):
+    asked = []
+    monkeypatch.setattr(sampling, "compile_where_it_pays", lambda pipeline, asked_for, pays: asked.append(pays))
+    monkeypatch.setattr(sampling, "is_worth_compiling", lambda trained, pictures: pictures >= 100)
+    monkeypatch.setattr(sampling, "sample_batches", lambda *_: 0)
+    monkeypatch.setattr(sampling, "draw_sheet", lambda *_: Image.new("RGB", (8, 8)))
+    flags = ("--checkpoint", CHECKPOINT, "--output", "none", "--num_samples_per_style", each)
+    assert within("sample", *flags)[0] == 0
+    assert asked == [compiled]
 
 
 def test_it_makes_what_the_flow_makes(within, studio):
