@@ -18,17 +18,19 @@ from isonext.training.optim import Guard, learning_rate, make_optimizer
 class EMA:
     """The exponential moving average of a model's weights, which is what transfers use.
 
-    The decay warms up as (1 + step) / (10 + step), so that the random start is soon forgotten.
+    The decay warms up as (1 + n) / (10 + n), so that the random start is soon forgotten. n counts the steps of this run
+    and `head_start`, those that the average had seen before it: one that --init brought along is not forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.decay, self.head_start = decay, 0
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        seen = self.head_start + step
+        decay = min(self.decay, (1 + seen) / (10 + seen))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -74,6 +76,7 @@ class TrainState:
             "guard": self.guard.record,
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
+            "ema_head_start": self.ema.head_start,
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -84,6 +87,7 @@ class TrainState:
         """
         load_weights(self.model, tree["model"], path)
         load_weights(self.ema.model, tree["ema"], path)
+        self.ema.head_start = tree.get("ema_head_start", 0)  # which came later than the rest
         options = [{key: group[key] for key in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(tree["optimizer"])
         for group, own in zip(self.optimizer.param_groups, options, strict=True):

@@ -67,6 +67,7 @@ class Trainer:
         self._resume(resume)
         if other and init:
             self.accelerator.print(take_over((model, self.state.ema.model), other, init, self.spec))
+            self.state.ema.head_start = other.ema_head_start + other.step
         if self.accelerator.is_main_process:
             remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
         self.steps_per_epoch = len(self.train) // training.batch_size

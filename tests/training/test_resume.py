@@ -168,6 +168,24 @@ def test_known_styles_keep_their_velocity_and_new_ones_are_new(config, started, 
     assert load_checkpoint(new.folder / "stage1_epoch2.pt").latents == new.spec
 
 
+def test_the_average_of_another_run_is_not_thrown_away_by_the_warm_up_of_a_new_one(config, started, three_styles):
+    # At a rate of zero the weights stay those of the other run, and so its average moves as slowly as it did there.
+    path = str(started.folder / "stage1_interrupted.pt")
+    new = Trainer(config(three_styles | {"training.learning_rate": 0.0}, "fine"), init=path)
+    before = [parameter.clone() for parameter in new.state.ema.model.parameters()]
+    with torch.no_grad():
+        for parameter in new.state.model.parameters():
+            parameter += 1.0
+    new.state.ema.update(new.state.model, step=0)
+    decay = min(new.state.ema.decay, (1 + started.state.step) / (10 + started.state.step))  # not 1 / 10
+    for now, then, own in zip(new.state.ema.model.parameters(), before, new.state.model.parameters(), strict=True):
+        torch.testing.assert_close(now, then + (1 - decay) * (own - then))
+    new.save(new.folder / "stage1_epoch1.pt")
+    assert load_checkpoint(new.folder / "stage1_epoch1.pt").ema_head_start == started.state.step
+    again = Trainer(config(three_styles, "fine"), resume=str(new.folder / "stage1_epoch1.pt"))
+    assert again.state.ema.head_start == started.state.step
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
