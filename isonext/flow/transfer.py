@@ -53,14 +53,18 @@ class TransferSettings:
     seed: int = 0  # of flowedit's noise
 
     @property
+    def times(self) -> list[float]:
+        """The times that the steps are asked for, whatever the guidance: the first is the structure's."""
+        return time_grid(self.num_steps, 1 - self.strength, 1.0, self.time_grid, self.time_shift)[self.skip :]
+
+    @property
     def grid(self) -> list[float]:
         """The times of the generation leg; the inversion takes them from the end.
 
         Where guidance acts, its ends are times of the grid, at the price of a step each where they were not already: a
         step across an end would cost every method its order.
         """
-        times = time_grid(self.num_steps, 1 - self.strength, 1.0, self.time_grid, self.time_shift)
-        return (times if self.cfg_scale == 1 else with_times(times, self.cfg_interval))[self.skip :]
+        return self.times if self.cfg_scale == 1 else with_times(self.times, self.cfg_interval)
 
     def legs(self, model: Model, source: Tensor, target: Tensor) -> tuple["Leg", "Leg"]:
         """The inversion, from the picture to its structure, and the generation leg, from there to the target."""
@@ -205,21 +209,21 @@ def keep_structure(
     its states are kept: a trial costs a generation leg (and for alf one evaluation more). Where no step may be taken
     the picture itself is returned.
     """
-    field, grid = GuidedField(model, source), settings.grid
+    field, grid, times = GuidedField(model, source), settings.grid, settings.times
     passed: list[Any] = []  # the states after each step
     _run_leg(Leg([(field, grid[::-1])]), _start(x1, settings), settings, passed)
-    trail = [*reversed(passed), None]  # at each time of the grid
+    trail = dict(zip(grid, [*reversed(passed), None], strict=True))  # at each time of the grid
     transfers: dict[int, Transfer] = {}
     scores: dict[int, float] = {}
 
     def structure(skip: int) -> Inverted:
-        solved = settings.inversion == "fixed_point"
-        if trail[skip] is None:
+        solved, state = settings.inversion == "fixed_point", trail[times[skip]]
+        if state is None:
             return Inverted(_start(x1, settings), 0, torch.zeros(len(x1), device=x1.device) if solved else None)
         if settings.method == "alf":
-            x, w = trail[skip]
-            return Inverted(LatticeState(x, w - to_lattice(field(from_lattice(x), grid[skip]))), 0)
-        return Inverted(trail[skip][0], 0, trail[skip][1]) if solved else Inverted(trail[skip], 0)
+            x, w = state
+            return Inverted(LatticeState(x, w - to_lattice(field(from_lattice(x), times[skip]))), 0)
+        return Inverted(state[0], 0, state[1]) if solved else Inverted(state, 0)
 
     def passes(skip: int) -> bool:
         cut = replace(settings, skip=settings.skip + skip)
@@ -227,12 +231,12 @@ def keep_structure(
         scores[skip] = score(transfers[skip].latents)
         return scores[skip] >= floor
 
-    steps = len(grid) - 1
+    steps = len(times) - 1
     skip = bisect.bisect_left(range(steps), True, key=passes)
     if skip == steps:  # nothing passed but the picture itself
         passes(skip)
     nfe = field.nfe + sum(transfer.nfe for transfer in transfers.values())
-    tried = [(1 - grid[skip], score) for skip, score in scores.items()]
+    tried = [(1 - times[skip], score) for skip, score in scores.items()]
     return replace(transfers[skip], nfe=nfe), replace(settings, skip=settings.skip + skip), tried
 
 

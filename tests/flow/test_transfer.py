@@ -188,6 +188,14 @@ def test_a_step_is_guided_exactly_where_it_lies_inside_the_interval(ends, kind):
     assert all(low <= grid[0] for field, grid in pieces if field.scale == 2.0 for low in ends[:1])
 
 
+@pytest.mark.parametrize("skip", range(5))
+def test_a_structure_lies_at_the_same_time_whatever_the_guidance_that_it_is_generated_with(skip):
+    plain = TransferSettings(num_steps=4, skip=skip)  # times 0, 1/4, 1/2, 3/4, 1; the interval's ends are none of them
+    for guided in (replace(plain, cfg_scale=2.0, cfg_interval=ends) for ends in ((0.1, 0.9), (0.6, 0.7), (0.0, 1.0))):
+        assert guided.grid[0] == plain.grid[0] == skip / 4
+        assert set(plain.grid) <= set(guided.grid)
+
+
 @pytest.mark.parametrize("scale", [2.0, 3.0])
 @pytest.mark.parametrize("method", ORDER)
 def test_guidance_on_an_interval_costs_no_method_its_order(method, scale):
@@ -386,7 +394,7 @@ def test_the_strongest_transfer_that_passes_is_found_and_is_the_transfer_of_its_
     if inversion == "fixed_point":
         fixed |= {"tolerance": st.just(1e-2), "num_steps": st.integers(1, 3)}  # as far as bf16 can be solved for
     how = data.draw(random_settings(method, inversion, (1, 5), (0.3, 1), **fixed))
-    x1, steps = picture(10)[:1], len(how.grid) - 1
+    x1, steps = picture(10)[:1], len(how.times) - 1
     cuts = [replace(how, skip=how.skip + skip) for skip in range(steps + 1)]
     every = [transfer(MODEL, x1, one(0), one(1), cut) for cut in cuts]
     of_bits = {made.latents.numpy().tobytes(): skip for skip, made in enumerate(every)}
@@ -404,7 +412,7 @@ def test_the_strongest_transfer_that_passes_is_found_and_is_the_transfer_of_its_
     assert same_transfers(made, every[found])
     assert made.nfe == model.rows
     assert (1 - cut.grid[0], found / 10) in tried
-    assert all(strength == 1 - how.grid[round(10 * reached)] for strength, reached in tried)
+    assert all(strength == 1 - how.times[round(10 * reached)] for strength, reached in tried)
     assert len(tried) == len(set(tried)) <= math.ceil(math.log2(steps + 1)) + 1
     if method == "alf":
         assert same(undo(MODEL, made, one(0), one(1), cut)[1], LatticeState.at_picture(x1))
@@ -431,13 +439,13 @@ class Drift:
 )
 def test_the_strength_found_is_the_last_of_the_grid_that_moves_no_further_than_allowed(how, method, where):
     how, x1 = replace(how, method=method), picture(11)[:1]
-    strengths = [1 - t for t in how.grid]
+    strengths = [1 - t for t in how.times]
     where = where % len(strengths)
     allowed = strengths[where] + (strengths[where - 1] - strengths[where]) / 2 if where else 2.0
     made, cut, _ = keep_structure(
         Drift(), x1, one(0), one(1), how, lambda latents: -(latents - x1).abs().max().item(), -3 * allowed
     )
-    assert cut.grid == how.grid[where:]
+    assert cut.times == how.times[where:]
     # float32, or the lattice, at every step of two legs: 5e-7 each
     assert (made.latents - (x1 - 3 * strengths[where])).abs().max() <= 80 * 5e-7
 
