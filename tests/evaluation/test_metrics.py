@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
 
+from isonext.evaluation import metrics
 from isonext.evaluation.metrics import (
     Estimate,
     StyleClassifier,
@@ -801,6 +802,13 @@ def test_the_probe_is_ridge_regression_sample_by_sample(features, signal):
         expected.append(bool(hits(train, [sample], best)[0]))
     assert probe_accuracy(x, labels, folds=count).tolist() == expected
     assert 9 < sum(expected) < 27
+
+
+def test_the_probe_standardises_by_its_training_part_alone():
+    # Trained on -1 and 1, it knows 0.5 for the upper kind. Standardised together with the 100 that is asked for too,
+    # all of the training part would lie on one side of zero, and 0.5 with it.
+    x, labels = torch.tensor([[-1.0], [-1], [1], [1], [0.5], [100]]), torch.tensor([0, 0, 1, 1, 1, 1])
+    assert metrics._ridge_hits(x, labels, torch.arange(4), torch.tensor([4, 5]), 0.1).tolist() == [True, True]
 
 
 def test_the_probe_does_not_mind_the_scale_of_a_feature_and_follows_from_its_seed():
