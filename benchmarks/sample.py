@@ -58,8 +58,8 @@ def main(args: argparse.Namespace) -> int:
             measured.append(measure_rate(flags, processes))
     one, two = (statistics.median(measured) for measured in rates.values())
     matmul = matmul_rate(device)
-    # alf evaluates the field once a step and twice more; guidance doubles each of these.
-    nfe = (args.num_steps + 2) * (1 if args.cfg_scale == 1 else 2)
+    # alf evaluates the field once a step and once more; guidance doubles each of these.
+    nfe = (args.num_steps + 1) * (1 if args.cfg_scale == 1 else 2)
     flops = nfe * forward_flops(network, 1, checkpoint.latents.space)
     print(f"{device_name(device)}; {type(network).__name__}, {args.num_samples} samples, {nfe} evaluations each")
     print(f"one process     {one:8.2f} samples/s   {one * flops / matmul:.1%} of {matmul / 1e9:.0f} GFLOP/s")

@@ -91,9 +91,9 @@ def check_reversibility(check: Checks, device: torch.device) -> None:
         moved = leapfrog_leg([(in_b, grid)], structure)
         again = leapfrog_leg([(in_b, grid[::-1])], moved)
         home = leapfrog_leg([(in_a, grid)], LatticeState(again.position, again.defect + base.defect))
-    for name, end in (("picture -> structure -> picture", back), ("style a -> b -> a", home)):
-        differing = int(end.position.ne(start.position).sum() + end.defect.ne(start.defect).sum())
-        check(f"{name}, 20 steps, BF16 network, bit for bit", differing == 0, f"{differing} elements differ")
+        for name, end in (("picture -> structure -> picture", back), ("style a -> b -> a", home)):
+            differing = int(end.position.ne(start.position).sum() + end.defect.ne(start.defect).sum())
+            check(f"{name}, 20 steps, BF16 network, bit for bit", differing == 0, f"{differing} elements differ")
     check("style a -> b moves the picture", not torch.equal(moved.position, start.position))
 
 

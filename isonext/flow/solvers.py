@@ -6,7 +6,6 @@ backwards: never with a negated v as well. A *field* is a function (x, t) -> v w
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -160,21 +159,34 @@ def _anderson(points: list[Tensor], misses: list[Tensor]) -> Tensor:
 #################################################################################
 
 
-@dataclass
 class LatticeState:
     """Position and defect at one end of a leg, as int64 multiples of `LATTICE`; both like x in shape.
 
     The defect d = w - v(x, t, style) is what the leapfrog's velocity w has drifted from the field by the end of a leg.
-    It is what the way back needs: it starts with w = v + d and ends at a defect of zero, where the leg began.
+    It is what the way back needs: it starts with w = v + d and ends at a defect of zero, where the leg began. As it
+    costs an evaluation of the network, a leg leaves it as a function, which is called when the defect is asked for:
+    under the autocast of the leg, or the network gives other bits.
     """
 
-    position: Tensor
-    defect: Tensor
+    def __init__(self, position: Tensor, defect: Tensor | Callable[[], Tensor]) -> None:
+        self.position = position
+        self._defect = defect
 
     @classmethod
     def at_picture(cls, x: Tensor) -> "LatticeState":
         position = to_lattice(x)
         return cls(position, torch.zeros_like(position))
+
+    @property
+    def defect(self) -> Tensor:
+        if not self.knows_defect:
+            self._defect = self._defect()  # type: ignore[operator]
+        return self._defect  # type: ignore[return-value]
+
+    @property
+    def knows_defect(self) -> bool:
+        """Whether asking for the defect costs nothing."""
+        return isinstance(self._defect, Tensor)
 
     @property
     def x(self) -> Tensor:
@@ -206,7 +218,8 @@ def leapfrog_leg(
     state: LatticeState,
     trail: list[tuple[Tensor, Tensor]] | None = None,  # is given x and w, on the lattice, after every step
 ) -> LatticeState:
-    """Asynchronous leapfrog (Zhuang et al., "MALI", arXiv:2102.04668, eq. 3) on integers; N + 2 evaluations.
+    """Asynchronous leapfrog (Zhuang et al., "MALI", arXiv:2102.04668, eq. 3) on integers; N + 1 evaluations, and one
+    more when the defect of where it ends is asked for.
 
         m = x + half * w;    w' = 2 v(m, (a + b) / 2) - w;    x' = m + half * w',    half = (b - a) / 2
 
@@ -223,6 +236,10 @@ def leapfrog_leg(
         peaks.append(v.abs().amax())
         return _nearest(v)
 
+    @torch.inference_mode()
+    def defect() -> Tensor:
+        return w - to_lattice(field(from_lattice(x), grid[-1]))
+
     x = state.position
     before: VelocityField | None = None
     for field, grid in pieces:
@@ -238,9 +255,8 @@ def leapfrog_leg(
             if trail is not None:
                 trail.append((x, w))
         before = field
-    end = LatticeState(x, w - velocity(field, x, grid[-1]))
     check_finite(torch.stack(peaks).amax())
-    return end
+    return LatticeState(x, defect)
 
 
 def _drift(w: Tensor, half: float) -> Tensor:

@@ -153,11 +153,11 @@ def generate(model: Model, inverted: Inverted, source: Tensor, target: Tensor, s
     It starts with a defect of zero, since the inversion's is an error under the source style that would only be added
     to its own; but back to the source style itself it takes it along, and so returns the picture to the bit.
     """
-    leg = settings.legs(model, source, target)[1]
-    end, _ = _run_leg(leg, _start_of_generation(model, inverted.state, source, target), settings)
-    return Transfer(
-        _finished(latents_of(end), settings), inverted.nfe + leg.nfe, inverted.state, end, inverted.residual
-    )
+    leg, start = settings.legs(model, source, target)[1], inverted.state
+    begin, nfe = _start_of_generation(model, start, source, target)
+    end, _ = _run_leg(leg, begin, settings)
+    nfe += inverted.nfe + leg.nfe
+    return Transfer(_finished(latents_of(end), settings), nfe, start, end, inverted.residual)
 
 
 @torch.inference_mode()
@@ -179,7 +179,7 @@ def undo(
         raise ValueError("flowedit has no legs, so there is nothing to run backwards")
     leg = settings.legs(model, source, target)[1].backwards()
     start, residual = _run_leg(leg, transfer.end, _unclamped(settings))
-    begun = _start_of_generation(model, transfer.start, source, target)
+    begun, _ = _start_of_generation(model, transfer.start, source, target)
     if isinstance(start, LatticeState) and isinstance(begun, LatticeState):
         assert isinstance(transfer.start, LatticeState)
         start = LatticeState(start.position, start.defect - begun.defect + transfer.start.defect)
@@ -206,8 +206,7 @@ def keep_structure(
     """The strongest transfer that scores `floor` or more, its settings, and the (strength, score) that were tried.
 
     Bisection over the points of the grid, for a score that falls with the strength. The inversion is run once and
-    its states are kept: a trial costs a generation leg (and for alf one evaluation more). Where no step may be taken
-    the picture itself is returned.
+    its states are kept: a trial costs a generation leg. Where no step may be taken the picture itself is returned.
     """
     field, grid, times = GuidedField(model, source), settings.grid, settings.times
     passed: list[Any] = []  # the states after each step
@@ -222,7 +221,7 @@ def keep_structure(
             return Inverted(_start(x1, settings), 0, torch.zeros(len(x1), device=x1.device) if solved else None)
         if settings.method == "alf":
             x, w = state
-            return Inverted(LatticeState(x, w - to_lattice(field(from_lattice(x), times[skip]))), 0)
+            return Inverted(LatticeState(x, lambda: w - to_lattice(field(from_lattice(x), times[skip]))), 0)
         return Inverted(state[0], 0, state[1]) if solved else Inverted(state, 0)
 
     def passes(skip: int) -> bool:
@@ -266,13 +265,17 @@ def null_styles(model: Model, style: Tensor) -> Tensor:
     return torch.full((len(style),), model.null_style, device=style.device)
 
 
-def _start_of_generation(model: Model, structure: State, source: Tensor, target: Tensor) -> State:
+def _start_of_generation(model: Model, structure: State, source: Tensor, target: Tensor) -> tuple[State, int]:
     """Where the generation leg begins: for alf at the structure with a defect of zero, but in pictures whose target is
-    their source."""
+    their source. And how many evaluations it took to know the defect of those."""
     if not isinstance(structure, LatticeState):
-        return structure
+        return structure, 0
     equal = (model.embed(source) == target).all(1) if target.is_floating_point() else source == target
-    return LatticeState(structure.position, structure.defect * equal.view(-1, *[1] * (structure.position.ndim - 1)))
+    if not equal.any():
+        return LatticeState(structure.position, torch.zeros_like(structure.position)), 0
+    nfe = 0 if structure.knows_defect else 1
+    carried = structure.defect * equal.view(-1, *[1] * (structure.position.ndim - 1))
+    return LatticeState(structure.position, carried), nfe
 
 
 def _unclamped(settings: TransferSettings) -> TransferSettings:

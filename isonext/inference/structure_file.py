@@ -26,6 +26,7 @@ from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline
 from isonext.utils.device import device_name
 from isonext.utils.io import written_whole
+from model import ARITHMETIC
 
 FORMAT = 2
 REMEDIES = {
@@ -34,6 +35,7 @@ REMEDIES = {
     "compiled": "leave --compile out",
     "device": "use the same, with as many threads (OMP_NUM_THREADS)",
     "torch": "install that version",
+    "network": "use the version of this program that made it",
 }
 SUFFIX = ".safetensors"
 TENSORS = {1: ("position", "defect", "end_position", "end_defect"), 2: ("position", "defect")}  # by format
@@ -52,10 +54,10 @@ class Structure:
     settings: TransferSettings
     size: tuple[int, int]  # of the picture: height, width
     original: str  # digest of the latents that the picture was encoded to
-    bits: dict[str, str | bool]  # what else fixes the network's bits: see `fixed_bits`
+    bits: dict[str, str | bool | int]  # what else fixes the network's bits: see `fixed_bits`
 
 
-def fixed_bits(pipeline: Pipeline) -> dict[str, str | bool]:
+def fixed_bits(pipeline: Pipeline) -> dict[str, str | bool | int]:
     """What fixes the network's output to the last bit, beside its input."""
     assert pipeline.path is not None  # it came from a file
     return {
@@ -65,6 +67,7 @@ def fixed_bits(pipeline: Pipeline) -> dict[str, str | bool]:
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "device": device_name(pipeline.device),
         "torch": torch.__version__,
+        "network": ARITHMETIC,
     }
 
 
@@ -95,6 +98,7 @@ def load_structure(path: Path) -> Structure:
             raise UserError(f"{path}: was changed after it was written: its checksum does not fit")
         settings, size = record.pop("settings"), tuple(record.pop("size"))
         settings = TransferSettings(**settings | {"cfg_interval": tuple(settings["cfg_interval"])})
+        record["bits"] = {"network": 1} | record["bits"]  # of files from before it was written down
         state = LatticeState(tensors["position"].long(), tensors["defect"].long())
         return Structure(state=state, settings=settings, size=size, **record)
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:

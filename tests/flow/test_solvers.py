@@ -189,6 +189,16 @@ def test_a_leg_costs_what_the_method_says(method, num_steps):
     assert field.nfe == EVALUATIONS[method](num_steps)
 
 
+def test_the_defect_at_the_end_of_a_leg_costs_one_evaluation_and_only_when_it_is_asked_for():
+    field = GuidedField(MODEL, A)
+    end = leapfrog_leg([(field, time_grid(3))], LatticeState.at_picture(picture(1)))
+    assert field.nfe == 4 and not end.knows_defect
+    w = to_lattice(MODEL(end.x, torch.ones(PICTURES), A)) + end.defect
+    assert field.nfe == 5 and end.knows_defect
+    assert torch.equal(end.defect, w - to_lattice(MODEL(end.x, torch.ones(PICTURES), A)))
+    assert field.nfe == 5
+
+
 @pytest.mark.parametrize("method", ONE_STEP_METHODS)
 def test_the_clamp_of_an_explicit_method_bounds_every_state_of_the_leg(method):
     def field(x, t):  # up for two steps, then down: 0.25, 0.3 (not 0.5), 0.05, -0.2
@@ -457,8 +467,10 @@ def test_one_velocity_that_is_not_finite_anywhere_in_a_leg_is_an_error_at_its_en
         return v
 
     with pytest.raises(FloatingPointError, match="not finite"):
-        leapfrog_leg([(field, time_grid(3))], LatticeState.at_picture(torch.zeros(2, 1, 3)))
-    assert len(calls) == 5  # N + 2: no step waits for the answer
+        end = leapfrog_leg([(field, time_grid(3))], LatticeState.at_picture(torch.zeros(2, 1, 3)))
+        assert when == 4 and len(calls) == 4
+        end.defect  # noqa: B018
+    assert len(calls) == max(when + 1, 4)  # N + 1: no step waits for the answer
 
 
 def test_a_velocity_that_is_absurd_but_on_the_lattice_passes():
