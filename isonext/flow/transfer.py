@@ -173,15 +173,17 @@ def undo(
 ) -> tuple[State, State, Tensor | None]:
     """A transfer run backwards: the states at its structure and at its picture, and a fixed point's residual (B,).
 
-    For alf the first state is `transfer.start` to the bit, the second the picture with a defect of zero.
+    For alf the first state is `transfer.start` to the bit, the second the picture with a defect of zero. The other
+    methods have no use for `transfer.start`.
     """
-    if transfer.start is None or transfer.end is None:
+    if transfer.end is None:
         raise ValueError("flowedit has no legs, so there is nothing to run backwards")
     leg = settings.legs(model, source, target)[1].backwards()
     start, residual = _run_leg(leg, transfer.end, _unclamped(settings))
-    begun, _ = _start_of_generation(model, transfer.start, source, target)
-    if isinstance(start, LatticeState) and isinstance(begun, LatticeState):
+    if isinstance(start, LatticeState):
         assert isinstance(transfer.start, LatticeState)
+        begun, _ = _start_of_generation(model, transfer.start, source, target)
+        assert isinstance(begun, LatticeState)
         start = LatticeState(start.position, start.defect - begun.defect + transfer.start.defect)
     return start, restore(model, start, source, settings), residual
 

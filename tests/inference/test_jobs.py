@@ -432,8 +432,8 @@ def parts_of(sheet: Path, picture: np.ndarray) -> int:
 def test_all_styles_are_made_from_one_inversion_and_shown_on_a_sheet(infer, pipeline, tmp_path):
     flags = ("--input", PICTURE, "--num_steps", "3")
     out = out_of(infer(*FROM_COLD, *flags, "--target_style", "all", "--output", tmp_path / "out" / "x.png"))
-    # By hand: alf takes N + 1 = 4 evaluations a leg; one inversion, one leg to its own style without guidance, which takes
-    # along the defect of one evaluation more, and one guided one of two evaluations each.
+    # By hand: alf takes N + 1 = 4 evaluations a leg; one inversion, one leg to its own style without guidance, which
+    # takes along the defect of one evaluation more, and one guided one of two evaluations each.
     assert "1 made, 17 network evaluations" in out and "cold -> 2 styles" in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.png", "x_cold.png", "x_warm.png"]
     for style in ("cold", "warm"):
