@@ -49,8 +49,11 @@ class Base:
         return (low_band(x1, self.cells) - mean) / deviation
 
     def x0(self, noise: Tensor, x1: Tensor, style: Tensor) -> Tensor:
-        """The x0 (B, C, h, w) that goes with pictures x1 of styles (B,), made of white noise of the same shape."""
-        return self._with_low_band(noise, self.structure(x1, style)) if self.strength else noise
+        """The x0 (B, C, h, w) that goes with pictures x1 of styles (B,), made of white noise of the same shape; the
+        noise itself where a picture is smaller than a square."""
+        if not self.strength or min(x1.shape[-2:]) < self.cells:
+            return noise
+        return self._with_low_band(noise, self.structure(x1, style))
 
     def above(self, x1: Tensor) -> Tensor:
         """x1 (B, C, h, w) less its low band: what noise may be paired with, where the low band is not noise's alone."""

@@ -51,6 +51,12 @@ def test_only_the_low_band_moves_and_it_is_the_mix_of_structure_and_noise(streng
     torch.testing.assert_close(squares, squares[..., :1].expand_as(squares), atol=1e-5, rtol=0)  # no other band
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 6), (6, 2)])
+def test_a_picture_smaller_than_a_square_has_no_layout_and_goes_with_any_noise(height, width):
+    base, x1, noise = some_base(2, 0.8, 3), white(3, 2, height, width), white(3, 2, height, width, seed=1)
+    assert torch.equal(base.x0(noise, x1, STYLES), noise)
+
+
 def test_without_strength_the_base_is_the_noise_itself():
     noise = white(3, 2, 4, 4)
     assert Base().x0(noise, white(3, 2, 4, 4, seed=1), STYLES) is noise
