@@ -401,6 +401,34 @@ def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones
     assert torch.equal(small.quarter_sums, halved.quarter_sums) and small.quarter_sums[1].sum() == 24
 
 
+def test_a_share_drawn_ahead_is_cut_anew_when_memory_runs_out_and_its_gradient_is_that_of_the_whole(
+    config, monkeypatch
+):
+    changes = EIGHT | {"training.use_amp": False}
+    whole, halved = (Trainer(config(changes | {"training.micro_batch_size": size})) for size in (8, 5))
+    for trainer in (whole, halved):
+        trainer.train_step()
+        assert trainer.gradients.drawn[0] == 1
+        torch.nn.init.normal_(trainer.state.model.head.weight, generator=torch.Generator().manual_seed(1))
+    real, sizes = halved.gradients.losses, []
+
+    def losses(network, part):
+        sizes.append(len(part.t))
+        assert len(sizes) < 9, "the same pieces again and again"
+        if len(part.t) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(network, part)
+
+    monkeypatch.setattr(halved.gradients, "losses", losses)
+    sums = [trainer.gradients.compute(1) for trainer in (whole, halved)]
+    assert sizes == [5, 5, 3, 3, 2] and halved.gradients.micro_batch.pictures == 3
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-5, atol=1e-6)
+    of_whole, of_halved = (dict(trainer.state.model.named_parameters()) for trainer in (whole, halved))
+    for name, parameter in of_whole.items():
+        error = (of_halved[name].grad - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 2e-5, f"{name}: {error}"
+
+
 def test_at_one_picture_blocks_are_recomputed_where_that_is_left_to_the_program(config, monkeypatch, capsys):
     card = Card(monkeypatch, room=0, room_recomputing=1)
     trainer = Trainer(config(EIGHT | {"training.micro_batch_size": 2}))

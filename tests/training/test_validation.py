@@ -99,6 +99,38 @@ def test_the_handful_is_spread_over_styles_and_the_whole_split():
 
 
 #################################################################################
+#                              Of the averaged network                          #
+#################################################################################
+
+
+def test_the_held_out_loss_is_that_of_the_averaged_network_by_hand(store, make_config):
+    run = Trainer(make_config(store, {"training.use_amp": False}))
+    raw, averaged, validation = run.state.model, run.state.ema.model, run.validation
+    at_start = validation.held_out_loss(4)  # the mean of (x1 - x0)^2, since v is 0
+
+    def loss(network: torch.nn.Module, v: float) -> float:
+        torch.nn.init.constant_(network.head.bias, v)
+        return validation.held_out_loss(4)
+
+    # The mean of (x1 - x0 - v)^2, and of (x1 - x0 + v)^2: together twice that of (x1 - x0)^2 and v^2.
+    assert loss(averaged, 0.5) + loss(averaged, -0.5) == pytest.approx(2 * (at_start + 0.25), rel=1e-5)
+    assert loss(averaged, 0.5) != loss(averaged, -0.5)
+    assert loss(averaged, 0.0) == loss(raw, 3.0) == at_start, "the weights that are trained have no say"
+
+
+def test_figures_and_preview_are_of_the_averaged_network(store, make_config, monkeypatch):
+    run, seen = Trainer(make_config(store)), []
+    monkeypatch.setattr(validation, "can_be_transferred", lambda val: True)
+    monkeypatch.setattr(TransferFigures, "__init__", lambda self, pipeline, *_: seen.append(pipeline.model))
+    monkeypatch.setattr(TransferFigures, "measure", lambda _: {})
+    monkeypatch.setattr(validation, "draw_preview", lambda pipeline, *_: seen.append(pipeline.model))
+    monkeypatch.setattr(validation.images, "save_picture", lambda *_: None)
+    run.validation.validate(4)
+    run.validation.save_preview(store / "preview.png")
+    assert len(seen) == 2 and all(network is run.state.ema.model for network in seen)
+
+
+#################################################################################
 #                               The best checkpoint                             #
 #################################################################################
 
