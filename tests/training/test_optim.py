@@ -1,4 +1,4 @@
-"""AdamW by hand, and what it decays; the guard: which steps it refuses, by hand and for any course of a training run."""
+"""AdamW by hand, and what it decays; the guard: which steps it refuses, by hand and for any course of a run."""
 
 import json
 import math
