@@ -454,7 +454,7 @@ def test_diversity_and_its_jackknife_by_hand():
 
 
 def test_the_interval_of_diversity_holds_the_truth_about_95_times_in_100():
-    """One pixel of deviation 1: two are 2 / sqrt(pi) apart on average. Resampled means of pictures hold that 0.67 of the time."""
+    """One pixel of deviation 1: two are 2 / sqrt(pi) apart on average. Resampled pictures hold that 2 times in 3."""
     pixels, held = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)), 0
     for row in pixels:
         flat = spectrograms([0.0] * 40, user=[0] * 20 + [1] * 20, recording=list(range(40)))
