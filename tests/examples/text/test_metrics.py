@@ -11,7 +11,7 @@ import pytest
 import eval_text
 from helpers import ROOT, refused
 from isonext.utils import cli
-from textflow import metrics
+from textflow import experiment, metrics
 from textflow.metrics import meteor_function, score
 
 PAIR = ("the cat sat on the mat", "the cat sat on a mat")
@@ -166,6 +166,12 @@ def test_interval_is_that_of_resampling():
     assert found == score(references, ["a b c d"] * 200 + ["w x y z"] * 200, ["rouge"])["ROUGE-L"]
     bleu = score(references, ["a b c d"] * 200 + ["w x y z"] * 200, ["bleu"])["BLEU-4"]
     assert bleu.value == pytest.approx(50) and (bleu.low, bleu.high) == pytest.approx((45, 55), abs=1)
+
+
+def test_one_seed_tells_of_no_deviation():
+    rows = [{"BLEU-4": 66.0}, {"BLEU-4": 67.0}, {"BLEU-4": 71.0}]
+    assert experiment._spread(rows, "BLEU-4") == "68.0 ± 2.6"
+    assert experiment._spread(rows[:1], "BLEU-4") == "66.0"
 
 
 #################################################################################
