@@ -270,6 +270,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_within_float32_round
         assert error < 5e-6, f"{name}: {error}"  # some tens of roundings of 2^-24
 
 
+def test_losses_are_summed_and_counted_by_quarter_of_t(config):
+    changes = {"training.use_amp": False, "training.batch_size": 16, "training.micro_batch_size": 5}
+    trainer = Trainer(config(changes))
+    trainer.gradients.draw_ahead(1)  # of which step 0 takes nothing
+    sums = trainer.gradients.accumulate(0)
+    batch = draw_batch(trainer.train, trainer.base, trainer.config.training, 0, trainer.state.model.null_style)
+    losses = (batch.x1 - batch.x0).square().mean((1, 2, 3))  # v is 0 at the start
+    for quarter in range(4):
+        chosen = (batch.t >= quarter / 4) & (batch.t < (quarter + 1) / 4)
+        assert sums[:, quarter].tolist() == pytest.approx([losses[chosen].sum().item(), chosen.sum().item()])
+    assert (sums[1] > 0).sum() >= 3, "the draw fills the quarters"
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(config):
     free, bound = (Trainer(config({"training.grad_clip": clip, "training.betas": [0, 0]})) for clip in (0, 1e-9))
     assert free.train_step().norm == pytest.approx(bound.train_step().norm, rel=1e-6) and free.train_step().norm > 0
