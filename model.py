@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+
 #################################################################################
 #                            Time and style -> condition                        #
 #################################################################################
@@ -80,7 +81,8 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     The gradient of channel c is the correlation of its input with its output gradient, summed over the batch: a
     grouped convolution of B * D single maps whose kernels are the output gradients. PyTorch's own route takes several
     times as long and would be a fifth of a training step. Forward and input gradient are PyTorch's. (An operator, not
-    an autograd.Function, so that torch.compile finds what it compiled at the last start.)
+    an autograd.Function, so that torch.compile finds what it compiled at the last start.) It has no forward-mode rule,
+    and PyTorch offers none: its tangent would be zero without a word.
     """
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
@@ -107,6 +109,11 @@ def _depthwise_gradients(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]
 depthwise.register_autograd(_depthwise_gradients, setup_context=_keep_inputs)
 
 
+def in_forward_mode() -> bool:
+    """Whether derivatives are taken forwards just now, as by torch.func.jvp."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 class DepthwiseConv(nn.Conv2d):
     """(B, D, h, w) -> the same shape; every channel has a kernel of its own."""
 
@@ -114,7 +121,8 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+        backward = torch.is_grad_enabled() and not in_forward_mode()
+        if x.device.type == "cpu" and backward and torch.is_autocast_enabled("cpu"):
             assert self.bias is not None
             x, weight, bias = (tensor.to(torch.bfloat16) for tensor in (x, self.weight, self.bias))
             return depthwise(x, weight, bias)

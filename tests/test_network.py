@@ -322,6 +322,50 @@ def test_depthwise_gradients_in_bf16_on_a_cpu_are_those_of_float64(batch, dim, h
 
 
 #################################################################################
+#                             Derivatives taken forwards                        #
+#################################################################################
+
+
+def difference_quotient(model, x, t, style, dx, dt, step=1e-2):
+    """The derivative of v along (dx, dt), by central differences in float32; their error is of order step^2."""
+    with torch.no_grad():
+        ahead, behind = (model(x + sign * step * dx, t + sign * step * dt, style) for sign in (1, -1))
+    return (ahead - behind) / (2 * step)
+
+
+@pytest.mark.parametrize("recompute", ("none", "selective", "full"))
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("bf16", (False, True))
+def test_jvp_is_the_difference_quotient(recompute, layout, bf16):
+    model, (x, t, style) = random_model(recompute=recompute), inputs()
+    dx, dt = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), torch.full_like(t, 1e-3)
+    expected = difference_quotient(model, x, t, style, dx, dt)
+    model, x, dx = (each.to(memory_format=layout) for each in (model, x, dx))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        _, tangent = torch.func.jvp(lambda x, t: model(x, t, style), (x, t), (dx, dt))
+    assert relative_error(tangent, expected) < (0.02 if bf16 else 1e-3)  # 0.2 without the depthwise layers' own
+
+
+def test_jvp_with_respect_to_the_weights_sees_the_depthwise_ones_in_bf16():
+    model, (x, t, style) = random_model(), inputs()
+    names = [name for name, _ in model.named_parameters() if "depthwise" in name]
+    weights = dict(model.named_parameters())
+    directions = {
+        name: torch.ones_like(weights[name]) if name in names else torch.zeros_like(p) for name, p in weights.items()
+    }
+
+    def of(weights):
+        return torch.func.functional_call(model, weights, (x, t, style))
+
+    with torch.no_grad():
+        step = 1e-3
+        ahead, behind = (of({n: p + sign * step * directions[n] for n, p in weights.items()}) for sign in (1, -1))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, tangent = torch.func.jvp(of, (weights,), (directions,))
+    assert relative_error(tangent, (ahead - behind) / (2 * step)) < 0.03
+
+
+#################################################################################
 #                                   Compiled                                    #
 #################################################################################
 

@@ -1,13 +1,15 @@
 """What evaluate.py measures: read pictures back to dB, tell users apart, compare distributions, report.
 
 Pictures are (N, 1, s, s) dB, the mean over blocks where the file has more than 64 pixels a side. Figures are means with
-a bootstrap interval over *recordings*: pictures of one recording overlap in time and are no independent samples.
+an interval over *recordings*, as pictures of one overlap in time and are no independent samples: Wilson's for shares, a
+jackknife's for distances between recordings, a bootstrap's for the rest.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ from tqdm import tqdm
 from isonext.data import images
 from isonext.data.autoencoder import load_autoencoder
 from isonext.errors import UserError
-from isonext.evaluation.metrics import Estimate, bootstrap, nearest_distance
+from isonext.evaluation.metrics import FEWEST, Estimate, bootstrap, distances, estimate, nearest_distance
+from isonext.evaluation.report import plain
 from isonext.utils.io import natural_order, written_whole
 from radar import RANGE_DB, SIZES, Radar, from_rgb, ridge_speeds, step_rate
 
@@ -56,8 +59,7 @@ class Spectrograms:
 
     def mean(self, values: Tensor) -> Estimate:
         """Of a value a picture: each recording's own mean comes first, and the interval is over recordings."""
-        own = [values[self.recording == each].double().mean() for each in self.recording.unique()]
-        return bootstrap(torch.stack(own))
+        return estimate(values, self.recording)
 
 
 def find_users(root: Path) -> dict[str, list[Path]]:
@@ -203,17 +205,32 @@ def as_many(known: Spectrograms, like: Spectrograms, seed: int) -> Spectrograms:
 #################################################################################
 
 
-def diversity(known: Spectrograms) -> Tensor:
-    """(N,) dB: root-mean-square distance of each picture to the others of its user, but for those of its own
-    recording; the mean over them. Not a number where a user has one recording."""
-    values = torch.full((len(known),), torch.nan)
+def diversity(known: Spectrograms) -> Figure:
+    """dB: root-mean-square distance of each picture to the others of its user, but for those of its own recording; the
+    mean over recordings. None where no user has two.
+
+    Its interval is of leaving out each recording in turn, since each takes part in the others' distances too: the
+    recordings' own values alone scatter half as much as the figure does.
+    """
+    whole, without = [], []  # of a user's recordings: (R,) their values; (R, R) the same but for the q-th, a row each
     for user in known.user.unique():
-        index = (known.user == user).nonzero().flatten()
-        flat = known.pictures[index].flatten(1)
-        distance = torch.cdist(flat, flat) / flat.shape[1] ** 0.5
-        other = known.recording[index][:, None] != known.recording[index]
-        values[index] = (distance * other).sum(1) / other.sum(1)
-    return values
+        some = known.part(known.user == user)
+        flat = some.pictures.flatten(1)
+        member = F.one_hot(some.recording.unique(return_inverse=True)[1]).double()  # (N, R)
+        sums, counts = member.T @ distances(flat, flat).double() @ member, member.sum(0)
+        others = counts.sum() - counts
+        sums.fill_diagonal_(0)
+        whole.append(sums.sum(1) / (counts * others))  # 0 / 0 for the only one
+        less = (sums.sum(1) - sums) / (counts * (others - counts[:, None]))
+        without.append(less.fill_diagonal_(torch.nan))
+    own = torch.cat(whole)
+    count, mean = int((~own.isnan()).sum()), own.nanmean().item()
+    if count < FEWEST:
+        return Estimate(mean, math.nan, math.nan) if count else None
+    rows = [torch.cat([*whole[:n], row, *whole[n + 1 :]]) for n, less in enumerate(without) for row in less]
+    left = torch.stack(rows).nanmean(1)[~own.isnan()]
+    reach = 1.96 * ((count - 1) * left.var(correction=0).item()) ** 0.5
+    return Estimate(mean, mean - reach, mean + reach)
 
 
 def distance_by_user(a: Spectrograms, b: Spectrograms, value: Callable[[Spectrograms], Tensor]) -> Estimate:
@@ -249,17 +266,12 @@ def measure(
 ) -> dict[str, dict[str, Figure]]:
     """Figures of "real" (held-out) and, if there are any, "coded" and "generated" pictures; None: there are too few."""
 
-    def spread(some: Spectrograms) -> Figure:
-        values = diversity(some)
-        known = ~values.isnan()
-        return some.part(known).mean(values[known]) if known.any() else None
-
     classifier = train_classifier(train, len(users), steps, seed)
     sets = {"real": test} | ({"coded": coded} if coded else {}) | ({"generated": made} if made else {})
     nearest = {name: nearest_distance(some.pictures, train.pictures) for name, some in sets.items()}
     figures = {name: figures_of(some, train, nearest[name], classifier) for name, some in sets.items()}
     for name, some in (sets | {"real": train}).items():
-        figures[name]["diversity_db"] = spread(some)
+        figures[name]["diversity_db"] = diversity(some)
     if len(sets) == 1:
         return figures
     for name, some in sets.items():  # as near as the nearest twentieth of what cannot be a copy
@@ -328,9 +340,12 @@ def evaluate(args: argparse.Namespace) -> int:
     figures = measure(train, test, made, users, args.steps, args.seed, coded)
     counts = {name: len(each) for name, each in sets.items()}
     text = table(figures, counts, len(users))
-    plain = {name: {key: value and asdict(value) for key, value in each.items()} for name, each in figures.items()}
-    tree = {"users": users, "pictures": counts, "figures": plain, "steps": args.steps, "seed": args.seed}
-    for path, content in ((args.output, json.dumps(tree, indent=1)), (args.output.with_suffix(".md"), text)):
+    columns = {name: plain(column) for name, column in figures.items()}
+    tree = {"users": users, "pictures": counts, "figures": columns, "steps": args.steps, "seed": args.seed}
+    for path, content in (
+        (args.output, json.dumps(tree, indent=1, allow_nan=False)),
+        (args.output.with_suffix(".md"), text),
+    ):
         with written_whole(path) as beside:
             beside.write_text(content + "\n", encoding="utf-8")
     print(f"{text}\n\nwritten to {args.output} and {args.output.with_suffix('.md')}")

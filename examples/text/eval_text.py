@@ -1,6 +1,6 @@
-"""Score the sentences that generate_text.py wrote: BLEU-4, ROUGE-1/2/L, METEOR, with bootstrap intervals.
+"""Score the sentences that generate_text.py wrote: BLEU-4, chrF, ROUGE-1/2/L, METEOR, with bootstrap intervals.
 
-python examples/text/eval_text.py --predictions predictions.json --metrics bleu rouge meteor --output_json results.json
+python examples/text/eval_text.py --predictions predictions.json --metrics bleu chrf --output_json results.json
 python examples/text/eval_text.py --predictions mlp.json vq.json           # several files make one table
 
 A file is a JSON list of {"id", "reference", "prediction"}. All figures are per cent, the larger the better.
@@ -9,6 +9,7 @@ A file is a JSON list of {"id", "reference", "prediction"}. All figures are per 
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from isonext.errors import UserError
@@ -59,28 +60,34 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{error.name} is not installed: pip install -r requirements/text.txt") from None
     print(table(results))
     if args.output_json:
+        from isonext.evaluation.report import plain
         from isonext.utils.io import written_whole
 
         tree = {
-            path: {"sentences": len(files[path][0])} | {name: dataclasses.asdict(s) for name, s in scores.items()}
+            path: {"sentences": len(files[path][0])}
+            | {name: plain(dataclasses.asdict(score)) for name, score in scores.items()}
             for path, scores in results.items()
         }
         with written_whole(args.output_json) as beside:
-            beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def table(results: dict) -> str:
-    """A line a file, a column a metric: the figure and its 95% interval."""
-    names = list(next(iter(results.values())))
+    """A line a file, a column a metric: the figure and its 95% interval; - where references are of another script."""
+    names = list(dict.fromkeys(name for scores in results.values() for name in scores))
     rows = [["", *names]]
-    rows += [
-        [path, *(f"{s.value:.2f} [{s.low:.1f}, {s.high:.1f}]" for s in scores.values())]
-        for path, scores in results.items()
-    ]
+    rows += [[path, *(_cell(scores.get(name)) for name in names)] for path, scores in results.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _cell(score) -> str:
+    if score is None:
+        return "-"
+    ends = "no interval" if math.isnan(score.low) else f"{score.low:.1f}, {score.high:.1f}"
+    return f"{score.value:.2f} [{ends}]"
 
 
 if __name__ == "__main__":

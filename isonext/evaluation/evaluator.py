@@ -33,6 +33,7 @@ from isonext.evaluation.metrics import (
     retrieval,
     self_similarity_distance,
     share,
+    share_difference,
     sliced_wasserstein,
     ssim,
     train_style_classifier,
@@ -109,7 +110,9 @@ class Evaluation:
     def difference(self, other: "Evaluation", figure: str) -> Estimate:
         """This evaluation's figure less the other's, picture by picture: what is hard for both cancels."""
         mine, theirs = self.by_picture(figure), other.by_picture(figure)
-        return bootstrap(torch.tensor([mine[picture] - theirs[picture] for picture in mine], dtype=torch.float64))
+        differences = torch.tensor([mine[picture] - theirs[picture] for picture in mine], dtype=torch.float64)
+        of_shares = self.directions[0].by_picture(figure).dtype == torch.bool
+        return share_difference(differences) if of_shares else bootstrap(differences)
 
 
 def point(value: Figure | None) -> float:
@@ -192,9 +195,10 @@ class Evaluator:
         self.classifier = _classifier_of(self.train_pictures)
         rebuilt = {style: _decode(pipeline, self.test_latents[style]) for style in self.styles}
         correct = [self.classifier.predict(rebuilt[style]) == number for number, style in enumerate(self.styles)]
-        self.classifier_accuracy = share(torch.cat(correct))
+        pictures = self._picture_numbers(self.styles) if pairs else None
+        self.classifier_accuracy = estimate(torch.cat(correct), pictures)
         fidelity = [psnr(_stack(test[style]), rebuilt[style]).clamp_max(LOSSLESS) for style in self.styles]
-        self.reconstruction_psnr = bootstrap(torch.cat(fidelity))
+        self.reconstruction_psnr = estimate(torch.cat(fidelity), pictures)
 
     def measure(
         self,
@@ -342,7 +346,7 @@ def base_figures(structures: dict[str, Tensor], pictures: Tensor | None = None) 
     varying = torch.ones_like(low)
     low[0, 0] = varying[0, 0] = False  # the mean has a figure of its own
     return {
-        "leakage": share(probe_accuracy(pooled, labels, pictures)),
+        "leakage": estimate(probe_accuracy(pooled, labels, pictures), pictures),
         "leakage_chance": max(len(part) for part in structures.values()) / len(x0),
         "mean": x0.mean().item(),
         "deviation": x0.std().item(),

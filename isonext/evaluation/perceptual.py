@@ -4,6 +4,7 @@ Nothing is downloaded here. What is missing is said in one line of the report; U
 """
 
 import importlib.util
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isonext.evaluation.metrics import Estimate
+from isonext.evaluation.metrics import Estimate, kernel_estimate
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's conversion of the network of the FID paper
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's; LPIPS' own weights come with torchmetrics
@@ -55,6 +56,11 @@ class Perceptual:
         return values
 
     def _inception_distances(self, results: Tensor, real: Tensor) -> dict[str, Estimate | float]:
+        """FID and KID; of the latter the mean is torchmetrics', over random subsets, and the interval the jackknife's.
+
+        The deviation that torchmetrics gives is of a subset and not of the mean; it is zero where a subset is the whole
+        set. What the choice of subsets adds to the mean's variance is that of one subset over their number.
+        """
         from torchmetrics.image.kid import KernelInceptionDistance
 
         with warnings.catch_warnings():
@@ -67,9 +73,11 @@ class Perceptual:
         with torch.random.fork_rng(devices=[]):  # torchmetrics draws KID's subsets from the global generator
             torch.manual_seed(0)
             mean, deviation = (value.item() for value in kid.compute())
+        whole = kernel_estimate(torch.cat(kid.fake_features), torch.cat(kid.real_features))
+        reach = math.hypot(whole.high - whole.mean, 1.96 * deviation / kid.subsets**0.5)
         distance = self.fid.compute().item()
         self.fid.reset()
-        return {"fid": distance, "kid": Estimate(mean, mean - 1.96 * deviation, mean + 1.96 * deviation)}
+        return {"fid": distance, "kid": Estimate(mean, mean - reach, mean + reach)}
 
 
 def _bytes(pixels: Tensor) -> Tensor:

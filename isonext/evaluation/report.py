@@ -155,17 +155,21 @@ def front(points: list[tuple[float, float]]) -> set[int]:
 def write_report(evaluator: Evaluator, results: list[Evaluation], folder: Path) -> list[Path]:
     """metrics.json and report.md; contact sheets for one evaluation, front.png for several. Returns the pictures."""
     tree = {
-        "classifier_accuracy": asdict(evaluator.classifier_accuracy),
-        "reconstruction_psnr": asdict(evaluator.reconstruction_psnr),
+        **plain(
+            {
+                "classifier_accuracy": evaluator.classifier_accuracy,
+                "reconstruction_psnr": evaluator.reconstruction_psnr,
+            }
+        ),
         "not_measured": evaluator.perceptual.missing if evaluator.perceptual else [],
         "results": [
             {
                 "name": result.name,
                 "settings": asdict(result.settings),
-                "means": _plain({figure: result.mean(figure) for _, figure in SWEEP}),
-                "base": _plain(result.base),
+                "means": plain({figure: result.mean(figure) for _, figure in SWEEP}),
+                "base": plain(result.base),
                 "directions": [
-                    {"source": d.source, "target": d.target, "pictures": len(d.names)} | _plain(d.figures)
+                    {"source": d.source, "target": d.target, "pictures": len(d.names)} | plain(d.figures)
                     for d in result.directions
                 ],
             }
@@ -233,15 +237,15 @@ def _brief(value: Estimate | float | None) -> str:
     return "-" if value is None else f"{value.mean if isinstance(value, Estimate) else value:.3f}"
 
 
-def _plain(figures: Mapping[str, Estimate | float | int | None]) -> dict:
+def plain(figures: Mapping[str, Estimate | float | int | None]) -> dict:
     """As JSON takes it: what is no number, such as the ends of an interval that there is not, is null."""
 
-    def plain(value: Estimate | float | int | None) -> dict | float | int | None:
+    def finite(value: Estimate | float | int | None) -> dict | float | int | None:
         if isinstance(value, Estimate):
-            return {name: plain(part) for name, part in asdict(value).items()}
+            return plain(asdict(value))
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return {name: plain(value) for name, value in figures.items()}
+    return {name: finite(value) for name, value in figures.items()}
 
 
 def _settings(settings: TransferSettings) -> str:

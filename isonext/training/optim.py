@@ -25,7 +25,7 @@ def learning_rate(training: TrainingConfig, step: int, total_steps: int) -> floa
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices and kernels only, not on biases, gates and embeddings."""
+    """AdamW, fused; weight decay on matrices and kernels only, not on biases, gates, norms and the style embedding."""
     decayed = {name for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith("style.")}
     groups = [
         {

@@ -25,12 +25,14 @@ from isonext.evaluation.metrics import (
     latent_features,
     luminance,
     nearest_distance,
+    percentiles,
     probe_accuracy,
     psnr,
     retrieval,
     self_similarity,
     self_similarity_distance,
     share,
+    share_difference,
     sliced_wasserstein,
     ssim,
     to_lab,
@@ -647,8 +649,8 @@ def test_nearest_distance_is_the_root_mean_square_to_the_nearest():
 def test_nearest_distance_is_that_of_trying_them_all(count):
     queries, among = noise(0, (30, 4, 3, 2)), noise(1, (count, 4, 3, 2))
     expected = [min((q - x).square().mean().sqrt().item() for x in among) for q in queries]
-    assert nearest_distance(queries, among).tolist() == pytest.approx(expected, abs=1e-4)  # of |q|^2 + |x|^2 - 2 q x
-    assert nearest_distance(among, among).max() < 2e-3  # the root of such an error, some 1e-6
+    assert nearest_distance(queries, among).tolist() == pytest.approx(expected, abs=1e-6)
+    assert nearest_distance(among, among).max() == 0  # not the root of an error of |q|^2 + |x|^2 - 2 q x
 
 
 #################################################################################
@@ -846,15 +848,29 @@ def test_bootstrap_holds_the_true_mean_about_95_times_in_100():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        (torch.tensor([0.25]), (0.25, 0.25, 0.25)),
+        (torch.tensor([0.25]), (0.25, math.nan, math.nan)),
+        (torch.tensor([True, False]), (0.5, math.nan, math.nan)),
+        (torch.tensor([[1, 1], [1, 2]]), (1.25, math.nan, math.nan)),
         (torch.full((7,), 0.5), (0.5, 0.5, 0.5)),
-        (torch.tensor([True, False]), (0.5, 0.0, 1.0)),  # a quarter of the resamples is 0, a quarter 1
-        (torch.tensor([[1, 1], [1, 1]]), (1.0, 1.0, 1.0)),
     ],
 )
 def test_bootstrap_of_few_or_equal_values_is_known(values, expected):
     made = bootstrap(values)
-    assert (made.mean, made.low, made.high) == expected
+    assert (made.mean, made.low, made.high) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_percentiles_of_a_few_values_are_expanded_by_students_t_and_those_of_many_are_not():
+    # t of 4 degrees: 2.7764, times sqrt(5 / 4): 3.1041 deviations; of 9: 2.2622 sqrt(10 / 9) = 2.3845
+    assert percentiles(5)[0] == pytest.approx(stats.norm.cdf(-3.1041), rel=1e-3)
+    assert percentiles(10) == pytest.approx((stats.norm.cdf(-2.3845), 1 - stats.norm.cdf(-2.3845)), rel=1e-3)
+    assert percentiles(10**6) == pytest.approx((0.025, 0.975), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [5, 8, 20])
+def test_the_interval_of_few_values_holds_the_mean_about_as_often(count):
+    # Percentiles of 2.5 and 97.5 % hold it 0.82, 0.88 and 0.93 of the time.
+    made = [bootstrap(noise(seed, (count,)), seed, resamples=1000) for seed in range(600)]
+    assert sum(each.low <= 0 <= each.high for each in made) / 600 > 0.905
 
 
 def test_bootstrap_follows_from_its_seed_and_leaves_the_global_randomness_alone():
@@ -902,3 +918,28 @@ def test_wilsons_interval_holds_a_share_near_one_about_95_times_in_100(truth, co
 def test_an_estimate_of_yes_and_no_is_a_share_and_of_measures_a_bootstrap():
     hits = torch.tensor([True, True, False])
     assert estimate(hits) == share(hits) and estimate(hits.double()) == bootstrap(hits)
+
+
+@pytest.mark.parametrize("wins", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("losses", [0.0, 0.05, 0.3])
+def test_the_interval_of_a_difference_of_shares_holds_it_about_95_times_in_100(wins, losses):
+    draws = torch.rand(1000, 30, generator=torch.Generator().manual_seed(0))
+    made = [share_difference((row < wins).double() - (row > 1 - losses).double()) for row in draws]
+    assert sum(each.low <= wins - losses <= each.high for each in made) / 1000 > 0.91  # resampling: down to 0
+    assert all(-1 <= each.low <= each.mean <= each.high <= 1 and each.low < each.high for each in made)
+
+
+def test_a_difference_of_shares_by_hand():
+    # 3 won, 1 lost of 8: centre 2 / 10, mean square (4 + 1) / 10
+    made = share_difference(torch.tensor([1.0, 1, 1, -1, 0, 0, 0, 0]))
+    reach = 1.96 * ((0.5 - 0.2**2) / 10) ** 0.5
+    assert (made.mean, made.low, made.high) == pytest.approx((0.25, 0.2 - reach, 0.2 + reach))
+
+
+def test_values_that_belong_together_are_one_and_the_interval_is_over_groups():
+    groups = torch.tensor([4, 4, 1, 1, 1, 2, 3, 9])
+    values = torch.tensor([1.0, 3.0, 0.0, 0.0, 6.0, 5.0, 1.0, 4.0])
+    assert estimate(values, groups) == bootstrap(torch.tensor([2.0, 5.0, 1.0, 2.0, 4.0]))  # of groups 1, 2, 3, 4, 9
+    assert estimate(values > 2, groups).mean == pytest.approx((1 / 3 + 1 + 0 + 1 / 2 + 1) / 5)
+    copied = torch.arange(20) % 5
+    assert estimate(torch.ones(20, dtype=torch.bool), copied) == share(torch.ones(5, dtype=torch.bool))

@@ -1,10 +1,12 @@
 """FID, KID and LPIPS with networks of random weights: enough to check what is computed from their features."""
 
+import math
+
 import pytest
 import torch
 
 from isonext.evaluation import perceptual
-from isonext.evaluation.metrics import frechet_distance, kernel_distance
+from isonext.evaluation.metrics import frechet_distance, kernel_distance, kernel_estimate
 from isonext.evaluation.perceptual import ALEXNET, INCEPTION, Perceptual
 
 
@@ -86,6 +88,70 @@ def test_fid_and_kid_are_the_distances_of_the_networks_features_by_our_own_formu
     a, b = (measured.fid.inception(perceptual._bytes(side)).double() for side in sides)
     assert figures["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-3)
     assert figures["kid"].mean == pytest.approx(kernel_distance(a, b), rel=1e-3)  # every subset is the whole set
+
+
+class Corner(torch.nn.Module):
+    """In Inception's place, three features a picture: the colour of its first pixel."""
+
+    num_features = 3
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels[:, :, 0, 0].float() / 255
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """FID and KID of `Corner`'s features."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    measured = Perceptual(16)
+    measured.fid = fid.FrechetInceptionDistance(feature=Corner())
+    return measured
+
+
+def corners(seed: int, count: int, shift: float = 0.0) -> torch.Tensor:
+    return 0.5 * pictures(seed, count, 1) + shift
+
+
+def test_the_interval_of_kid_is_the_jackknifes_where_every_subset_is_the_whole_set(quick):
+    a, b = corners(0, 40), corners(1, 40, 0.3)
+    kid = quick.figures(a, a, b)["kid"]
+    expected = kernel_estimate(*(Corner()(perceptual._bytes(side)) for side in (a, b)))
+    assert (kid.mean, kid.low, kid.high) == pytest.approx((expected.mean, expected.low, expected.high), abs=1e-6)
+
+
+def test_kid_of_more_pictures_than_a_subset_is_torchmetrics_with_what_the_choice_of_subsets_adds(quick):
+    kid_module = pytest.importorskip("torchmetrics.image.kid")
+    a, b = corners(0, 150), corners(1, 130, 0.3)
+    theirs = kid_module.KernelInceptionDistance(Corner(), subset_size=100)
+    theirs.update(perceptual._bytes(a), real=False)
+    theirs.update(perceptual._bytes(b), real=True)
+    torch.manual_seed(0)
+    mean, deviation = (value.item() for value in theirs.compute())
+    whole = kernel_estimate(*(Corner()(perceptual._bytes(side)) for side in (a, b)))
+    reach = ((whole.high - whole.mean) ** 2 + (1.96 * deviation / 10) ** 2) ** 0.5
+    kid = quick.figures(a, a, b)["kid"]
+    assert (kid.mean, kid.low, kid.high) == pytest.approx((mean, mean - reach, mean + reach), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [30, 120])
+def test_the_interval_of_kid_holds_the_truth_about_95_times_in_100(quick, count):
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> float:
+        return ((x * y).sum(1) / 3 + 1).pow(3).mean().item()
+
+    sides = ((8, 0.0), (9, 0.0), (10, 0.3), (11, 0.3))
+    x, x2, y, y2 = (Corner()(perceptual._bytes(corners(seed, 200_000, shift))).double() for seed, shift in sides)
+    exact = kernel(x, x2) + kernel(y, y2) - 2 * kernel(x, y)
+    draws = []
+    for seed in range(100, 150):
+        a = corners(seed, count)
+        draws.append(quick.figures(a, a, corners(seed + 500, count, 0.3))["kid"])
+    assert sum(draw.low <= exact <= draw.high for draw in draws) / 50 > 0.95 - 4 * (0.95 * 0.05 / 50) ** 0.5
+
+
+def test_kid_of_two_pictures_has_no_interval(quick):
+    kid = quick.figures(corners(0, 2), corners(0, 2), corners(1, 2))["kid"]
+    assert math.isfinite(kid.mean) and math.isnan(kid.low) and math.isnan(kid.high)
 
 
 @pytest.mark.slow

@@ -5,12 +5,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers import CHECKPOINT, refused
 from isonext.evaluation import evaluator
-from isonext.evaluation.metrics import train_style_classifier
+from isonext.evaluation.evaluator import Direction, Evaluation, base_figures
+from isonext.evaluation.metrics import bootstrap, share, share_difference, train_style_classifier
 from isonext.evaluation.report import front
+from isonext.flow.transfer import TransferSettings
 
 DIRECTIONS = [("cold", "warm"), ("warm", "cold")]
 ELEMENTS = 2 * 12 * 8 * 8  # two pictures of 32 px a direction
@@ -275,3 +278,29 @@ def test_fixed_points_are_solved_for_in_float32_as_by_inference(report):
     figures, _, _ = report(*flags, "--set", "inference.num_steps=8")
     # By inference.py --certify, at the tolerance of 1e-5: below 1e-4. BF16 stops at some 3e-3.
     assert all(pair["round_trip_max"] < 3e-4 for pair in figures["results"][0]["directions"])
+
+
+#################################################################################
+#                              What an interval is over                         #
+#################################################################################
+
+
+def test_recipes_of_equal_success_differ_by_nothing_within_an_interval_that_is_one():
+    def success(hits: int) -> Evaluation:
+        values = {"style_success": torch.arange(20) < hits, "ssim_to_source": torch.linspace(0, hits, 20)}
+        direction = Direction("a", "b", [str(number) for number in range(20)], values, [])
+        return Evaluation("", TransferSettings(), paired=False, directions=[direction])
+
+    equal = success(20).difference(success(20), "style_success")
+    assert (equal.mean, equal.high) == (0, pytest.approx(1.96 / 22)) and equal.low == -equal.high
+    less = success(15).difference(success(20), "style_success")
+    assert (less.mean, less.low) == (-0.25, share_difference(torch.tensor([-1.0] * 5 + [0.0] * 15)).low)
+    of_values = success(15).difference(success(20), "ssim_to_source")
+    assert of_values == bootstrap(torch.linspace(0, 15, 20).double() - torch.linspace(0, 20, 20).double())
+
+
+def test_leakage_of_paired_pictures_has_the_interval_of_pictures_and_not_of_their_versions():
+    noise = torch.randn(2, 30, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    structures = {"a": noise[0] + 9, "b": noise[1] - 9}  # the probe is always right
+    each, paired = (base_figures(structures, pictures)["leakage"] for pictures in (None, torch.arange(30).repeat(2)))
+    assert each == share(torch.ones(60, dtype=torch.bool)) and paired == share(torch.ones(30, dtype=torch.bool))

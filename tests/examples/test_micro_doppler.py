@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 
 from helpers import ROOT, call, refused
 from isonext import errors
+from isonext.evaluation.metrics import Estimate, bootstrap, share
 from isonext.utils import cli
 
 sys.path.append(str(ROOT / "examples/micro_doppler"))
@@ -415,13 +417,58 @@ def spectrograms(levels: list[float], user: list[int], recording: list[int]) -> 
 
 def test_measures_on_known_values():
     some = spectrograms([0.0, 1.0, 4.0, 9.0, 9.0], user=[0, 0, 0, 1, 1], recording=[0, 0, 1, 2, 2])
-    distances = scores.diversity(some)  # recording 0 is compared with 1 only; user 1 has one recording
-    assert distances[:3].tolist() == pytest.approx([4.0, 3.0, 3.5]) and distances[3:].isnan().all()
+    far = scores.diversity(some)  # recording 0 is compared with 1 only: 3.5 (4 and 3); user 1 has one recording
+    assert far.mean == 3.5 and math.isnan(far.low)
+    assert scores.diversity(some.part(some.user == 1)) is None
     assert some.mean(some.speed).mean == pytest.approx((0.5 + 4 + 9) / 3)
     shifted = spectrograms([2.0, 3.0, 6.0, 10.0], user=[0, 0, 0, 1], recording=[0, 1, 2, 3])
     assert scores.distance_by_user(shifted, some, lambda each: each.speed).mean == pytest.approx((2 + 1) / 2)
     fewer = scores.as_many(some, spectrograms([0.0, 0.0], user=[0, 0], recording=[0, 1]), seed=0)
     assert fewer.user.tolist() == [0, 0]
+
+
+def test_copies_in_a_user_are_at_no_distance_whatever_their_number():
+    """A generator that makes one picture over and over: above 25 rows cdist's own choice finds them apart."""
+    one = -40 * torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    some = replace(spectrograms([0.0] * 30, user=[0] * 30, recording=list(range(30))), pictures=one.repeat(30, 1, 1, 1))
+    assert scores.diversity(some) == Estimate(0, 0, 0)
+
+
+def test_diversity_and_its_jackknife_by_hand():
+    levels, user = [0.0, 1.0, 4.0, 9.0, 2.0, 2.0, 5.0, 6.0], [0, 0, 0, 0, 1, 1, 1, 1]
+    recording = [0, 0, 1, 2, 3, 4, 4, 5]
+
+    def by_hand(left_out: int | None) -> float:
+        kept = [place for place in range(8) if recording[place] != left_out]
+        values = {}
+        for one in kept:
+            others = [o for o in kept if user[o] == user[one] and recording[o] != recording[one]]
+            far = sum(abs(levels[one] - levels[other]) for other in others) / len(others)
+            values.setdefault(recording[one], []).append(far)
+        return sum(sum(each) / len(each) for each in values.values()) / len(values)
+
+    found, without = scores.diversity(spectrograms(levels, user, recording)), [by_hand(number) for number in range(6)]
+    deviation = (5 * np.var(without)) ** 0.5
+    assert found.mean == pytest.approx(by_hand(None))
+    assert (found.low, found.high) == pytest.approx((found.mean - 1.96 * deviation, found.mean + 1.96 * deviation))
+
+
+def test_the_interval_of_diversity_holds_the_truth_about_95_times_in_100():
+    """One pixel of deviation 1: two are 2 / sqrt(pi) apart on average. Resampled pictures hold that 2 times in 3."""
+    pixels, held = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)), 0
+    for row in pixels:
+        flat = spectrograms([0.0] * 40, user=[0] * 20 + [1] * 20, recording=list(range(40)))
+        found = scores.diversity(replace(flat, pictures=row.view(40, 1, 1, 1)))
+        held += found.low <= 2 / math.pi**0.5 <= found.high
+    assert held / 200 > 0.89
+
+
+def test_shares_have_wilsons_interval_over_recordings_and_few_recordings_have_none_for_values():
+    some = spectrograms([float(n) for n in range(12)], user=[0] * 12, recording=[n // 2 for n in range(12)])
+    assert some.mean(torch.ones(12, dtype=torch.bool)) == share(torch.ones(6, dtype=torch.bool))
+    assert some.mean(some.speed) == bootstrap(torch.arange(6) * 2 + 0.5)
+    few = some.part(torch.arange(8))
+    assert few.mean(few.speed).mean == 3.5 and math.isnan(few.mean(few.speed).low)
 
 
 def test_a_classifier_is_a_function_of_its_seed():

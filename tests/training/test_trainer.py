@@ -270,6 +270,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_within_float32_round
         assert error < 5e-6, f"{name}: {error}"  # some tens of roundings of 2^-24
 
 
+def test_losses_are_summed_and_counted_by_quarter_of_t(config):
+    changes = {"training.use_amp": False, "training.batch_size": 16, "training.micro_batch_size": 5}
+    trainer = Trainer(config(changes))
+    trainer.gradients.draw_ahead(1)  # of which step 0 takes nothing
+    sums = trainer.gradients.accumulate(0)
+    batch = draw_batch(trainer.train, trainer.base, trainer.config.training, 0, trainer.state.model.null_style)
+    losses = (batch.x1 - batch.x0).square().mean((1, 2, 3))  # v is 0 at the start
+    for quarter in range(4):
+        chosen = (batch.t >= quarter / 4) & (batch.t < (quarter + 1) / 4)
+        assert sums[:, quarter].tolist() == pytest.approx([losses[chosen].sum().item(), chosen.sum().item()])
+    assert (sums[1] > 0).sum() >= 3, "the draw fills the quarters"
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(config):
     free, bound = (Trainer(config({"training.grad_clip": clip, "training.betas": [0, 0]})) for clip in (0, 1e-9))
     assert free.train_step().norm == pytest.approx(bound.train_step().norm, rel=1e-6) and free.train_step().norm > 0
@@ -399,6 +412,34 @@ def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones
     assert calls == [4] * 4 + [2] * 12
     assert_same(state(small), state(halved))
     assert torch.equal(small.quarter_sums, halved.quarter_sums) and small.quarter_sums[1].sum() == 24
+
+
+def test_a_share_drawn_ahead_is_cut_anew_when_memory_runs_out_and_its_gradient_is_that_of_the_whole(
+    config, monkeypatch
+):
+    changes = EIGHT | {"training.use_amp": False}
+    whole, halved = (Trainer(config(changes | {"training.micro_batch_size": size})) for size in (8, 5))
+    for trainer in (whole, halved):
+        trainer.train_step()
+        assert trainer.gradients.drawn[0] == 1
+        torch.nn.init.normal_(trainer.state.model.head.weight, generator=torch.Generator().manual_seed(1))
+    real, sizes = halved.gradients.losses, []
+
+    def losses(network, part):
+        sizes.append(len(part.t))
+        assert len(sizes) < 9, "the same pieces again and again"
+        if len(part.t) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(network, part)
+
+    monkeypatch.setattr(halved.gradients, "losses", losses)
+    sums = [trainer.gradients.compute(1) for trainer in (whole, halved)]
+    assert sizes == [5, 5, 3, 3, 2] and halved.gradients.micro_batch.pictures == 3
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-5, atol=1e-6)
+    of_whole, of_halved = (dict(trainer.state.model.named_parameters()) for trainer in (whole, halved))
+    for name, parameter in of_whole.items():
+        error = (of_halved[name].grad - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 2e-5, f"{name}: {error}"
 
 
 def test_at_one_picture_blocks_are_recomputed_where_that_is_left_to_the_program(config, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.evaluation import evaluator
 from isonext.evaluation.metrics import train_style_classifier
+from isonext.flow.base import low_band
 from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline
 from isonext.training import validation
@@ -96,6 +97,53 @@ def test_the_handful_is_spread_over_styles_and_the_whole_split():
     whole = split((100, 5, 3), 0)
     assert torch.equal(picked["dark"], whole.batch(torch.tensor([0, 25, 50, 75]))[0])
     assert MAX_TRANSFERRED >= 2 * 5  # two styles have enough for the probe
+
+
+#################################################################################
+#                              Of the averaged network                          #
+#################################################################################
+
+
+def test_the_held_out_loss_is_that_of_the_averaged_network_by_hand(store, make_config):
+    run = Trainer(make_config(store, {"training.use_amp": False}))
+    raw, averaged, validation = run.state.model, run.state.ema.model, run.validation
+    at_start = validation.held_out_loss(4)  # the mean of (x1 - x0)^2, since v is 0
+    assert validation.held_out_loss(1) == pytest.approx(at_start, rel=1e-6), "noise and times are each picture's own"
+
+    def loss(network: torch.nn.Module, v: float) -> float:
+        torch.nn.init.constant_(network.head.bias, v)
+        return validation.held_out_loss(4)
+
+    # The mean of (x1 - x0 - v)^2, and of (x1 - x0 + v)^2: together twice that of (x1 - x0)^2 and v^2.
+    assert loss(averaged, 0.5) + loss(averaged, -0.5) == pytest.approx(2 * (at_start + 0.25), rel=1e-5)
+    assert loss(averaged, 0.5) != loss(averaged, -0.5)
+    assert loss(averaged, 0.0) == loss(raw, 3.0) == at_start, "the weights that are trained have no say"
+
+
+def test_the_held_out_loss_is_at_even_times_from_the_base_of_training(store, make_config):
+    run = Trainer(make_config(store, {"training.anchor_strength": 0.8, "training.anchor_cells": 2}))
+    seen = []
+    run.validation.losses = lambda batch: seen.append(batch) or torch.ones(len(batch.t))
+    assert run.validation.held_out_loss(1) == 1
+    assert [time for batch in seen for time in batch.t.tolist()] == [0.25, 0.75]
+    x0, x1, style = (torch.cat([getattr(batch, name) for batch in seen]) for name in ("x0", "x1", "style"))
+    assert sorted(style.tolist()) == [0, 1]
+    # The low band of x0 is 0.8 of the picture's own and 0.6 of noise, and that of white noise has nothing of it.
+    expected = run.base.x0(torch.zeros_like(x1), x1, style)
+    low, own = (low_band(each, 2) for each in (x0, expected))
+    assert torch.corrcoef(torch.stack([low.flatten(), own.flatten()]))[0, 1] > 0.6
+
+
+def test_figures_and_preview_are_of_the_averaged_network(store, make_config, monkeypatch):
+    run, seen = Trainer(make_config(store)), []
+    monkeypatch.setattr(validation, "can_be_transferred", lambda val: True)
+    monkeypatch.setattr(TransferFigures, "__init__", lambda self, pipeline, *_: seen.append(pipeline.model))
+    monkeypatch.setattr(TransferFigures, "measure", lambda _: {})
+    monkeypatch.setattr(validation, "draw_preview", lambda pipeline, *_: seen.append(pipeline.model))
+    monkeypatch.setattr(validation.images, "save_picture", lambda *_: None)
+    run.validation.validate(4)
+    run.validation.save_preview(store / "preview.png")
+    assert len(seen) == 2 and all(network is run.state.ema.model for network in seen)
 
 
 #################################################################################

@@ -156,7 +156,7 @@ class TextAutoencoder(nn.Module):
 
 
 class FrozenT5(nn.Module):
-    """texts -> a frozen T5 encoder's states, projected to (B, T, width), and their padding (B, T).
+    """texts -> a frozen T5 encoder's float32 states, projected to (B, T, width), and their padding (B, T).
 
     Its weights stay in their folder: a checkpoint keeps the folder's name, and of this module the projection alone.
     """
@@ -167,7 +167,8 @@ class FrozenT5(nn.Module):
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            encoder = T5EncoderModel.from_pretrained(name).eval().requires_grad_(False)
+            # transformers 5 keeps a file's BF16; the argument that says float32 has another name before 4.56.
+            encoder = T5EncoderModel.from_pretrained(name).float().eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             raise UserError(f"--t5 {name}: no T5 can be loaded from there ({first_line(error)})") from None
         self.frozen = (tokenizer, encoder)  # in a tuple, so that its weights are none of this module's

@@ -176,14 +176,14 @@ def report(results: dict) -> str:
 
 
 def _spread(rows: list[dict], column: str) -> str:
-    """Mean and deviation over the seeds; a count is one where all seeds agree."""
+    """Mean and deviation over the seeds, which one has not; a count is one where all seeds agree."""
     values = [row[column] for row in rows]
     if values[0] is None:
         return "-"
     if column == "parameters":
         return f"{values[0] / 1e6:.2f} M" if values[0] else "0"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.1f} ± {deviation:.1f}"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
 
 
 def table(cells: dict[str, list[str]], columns: tuple[str, ...]) -> list[str]:

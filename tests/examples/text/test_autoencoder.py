@@ -8,7 +8,7 @@ import torch
 
 from isonext.config import TrainingConfig
 from isonext.errors import UserError
-from textflow.autoencoder import AutoencoderConfig, TextAutoencoder, load_tokenizer, train_tokenizer
+from textflow.autoencoder import AutoencoderConfig, FrozenT5, TextAutoencoder, load_tokenizer, train_tokenizer
 from textflow.data import load_corpora, read_data_config, within_limit
 from textflow.loop import Schedule, Stopped, fit
 from textflow.stages import latent_spec
@@ -142,6 +142,23 @@ def test_t5_reads_frozen_from_its_folder(tokenizer, tmp_path):
     assert all(parameter.grad is None for parameter in model.t5.frozen[1].parameters())
     with pytest.raises(UserError, match="no T5 can be loaded"):
         TextAutoencoder(AutoencoderConfig(**vars(TINY) | {"t5": str(tmp_path / "none")}), tokenizer)
+
+
+def test_t5_runs_in_float32_whatever_its_file_is_in(tokenizer, tmp_path):
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=tokenizer.get_vocab_size(), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    t5 = T5EncoderModel(config).to(torch.bfloat16)
+    t5.save_pretrained(tmp_path)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(tmp_path)
+    frozen = FrozenT5(str(tmp_path), 8)
+    assert {parameter.dtype for parameter in frozen.frozen[1].parameters()} == {torch.float32}
+    batch = fast(TEXTS, return_tensors="pt", padding=True)
+    with torch.no_grad():  # the same rounded weights, computed with in float32
+        states = t5.float().eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        torch.testing.assert_close(frozen(TEXTS, torch.device("cpu"))[0], frozen.project(states), atol=1e-6, rtol=1e-5)
 
 
 #################################################################################

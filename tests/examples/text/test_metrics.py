@@ -11,7 +11,7 @@ import pytest
 import eval_text
 from helpers import ROOT, refused
 from isonext.utils import cli
-from textflow import metrics
+from textflow import experiment, metrics
 from textflow.metrics import meteor_function, score
 
 PAIR = ("the cat sat on the mat", "the cat sat on a mat")
@@ -38,6 +38,77 @@ def test_rouge_by_hand():
     assert [each.value for each in scores.values()] == pytest.approx([500 / 6, 60, 500 / 6])
     longer = score(["a b c d"], ["d a b"], ["rouge"])  # precision 3/3, recall 3/4; pairs: 1/2 and 1/3; "a b": 2/3, 2/4
     assert [each.value for each in longer.values()] == pytest.approx([600 / 7, 40, 400 / 7])
+
+
+def test_words_count_as_often_as_both_have_them():
+    """A family of figures on sets of words gives repetition full marks."""
+    scores = score(["the cat"], ["the the the cat cat"], ["bleu", "rouge"])
+    # Of 5 words 2 are found, of the 2 words both: F1 = 2 * 2 / (5 + 2). Pairs: 1 of 4 and 1 of 1. BLEU: 2/5 1/4, then
+    # no triple (a half of 1/3) and no quadruple (a quarter of 1/2).
+    assert scores["ROUGE-1"].value == scores["ROUGE-L"].value == pytest.approx(400 / 7)
+    assert scores["ROUGE-2"].value == pytest.approx(100 * 2 * 1 / (4 + 1))
+    assert scores["BLEU-4"].value == pytest.approx(100 * (2 / 5 * 1 / 4 * 1 / 6 * 1 / 8) ** 0.25)
+    once, twice = (
+        score(["so it goes on"], [text], ["rouge"]) for text in ("so it goes on", "so it goes on so it goes on")
+    )
+    for name in ("ROUGE-1", "ROUGE-2", "ROUGE-L"):
+        assert once[name].value == 100 and twice[name].value < 67, name
+
+
+@pytest.mark.parametrize(
+    ("texts", "bleu"),
+    [
+        (["今天天气很好我们去公园玩", "他在北京大学学习计算机科学"], "BLEU-4 (zh)"),
+        (["今日は天気がいいです", "公園へ行きましょう"], "BLEU-4 (char)"),
+        (["วันนี้อากาศดีมาก", "เราไปสวนสาธารณะ"], "BLEU-4 (char)"),
+        (["Сегодня хорошая погода, идём гулять", "Он учится в университете"], "BLEU-4"),
+        (["오늘은 날씨가 아주 좋습니다", "우리는 공원에 가서 놉니다"], "BLEU-4"),
+        (["आज मौसम बहुत अच्छा है", "हम पार्क में खेलने जाते हैं"], "BLEU-4"),
+        (["الطقس جميل جدا اليوم", "نحن ذاهبون الى الحديقة"], "BLEU-4"),
+        (["dogs bark loudly", "cats sleep here"], "BLEU-4"),  # three words each
+        (["two words", "and three here"], "BLEU-4"),
+        (["yes", "no"], "BLEU-4"),
+        (["!?", "...!"], "BLEU-4"),
+    ],
+)
+def test_equal_sentences_score_full_in_every_script_and_at_every_length(texts, bleu):
+    scores = score(texts, texts, ["bleu", "chrf", "rouge"])
+    assert list(scores) == [bleu, "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
+    assert [each.value for each in scores.values()] == pytest.approx([100] * 5)
+    other = score(texts, texts[::-1], ["bleu", "chrf", "rouge"])
+    assert all(each.value < 60 for each in other.values())
+
+
+def test_words_of_other_scripts_by_hand():
+    words = metrics.Words().tokenize
+    assert words("Привет, МИР! don't 3.5 café") == ["привет", "мир", "don", "t", "3", "5", "café"]
+    assert words("我爱 Python3。") == ["我", "爱", "python3"]
+    assert words("हिन्दी भाषा") == ["हिन्दी", "भाषा"]  # whose vowels are marks
+    assert words("e\u0301te\u0301") == words("\u00e9t\u00e9") == ["\u00e9t\u00e9"]
+    assert words(" ?! ") == ["?", "!"] and words(" ") == []
+    # Four letters of five, in order; three of four pairs are two of four: 今天|天很|很好 in 今天|天气|气很|很好.
+    found = score(["今天气很好"], ["今天很好"], ["rouge"])
+    assert [each.value for each in found.values()] == pytest.approx([800 / 9, 400 / 7, 800 / 9])
+
+
+def test_bleu_of_chinese_by_hand():
+    # Letters of the prediction found: 5 of 6; pairs 3 of 5, triples 2 of 4, quadruples 1 of 3; equal lengths.
+    expected = 100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    assert score(["我们去公园玩"], ["我们去公车玩"], ["bleu"])["BLEU-4 (zh)"].value == pytest.approx(expected)
+
+
+def test_a_chinese_name_in_an_english_sentence_changes_no_tokenizer():
+    assert metrics.bleu_tokenizer(["The city of 北京 is large", "plain words"]) == "13a"
+    assert metrics.bleu_tokenizer(["The city of 北京 is large", "他在北京"]) == "zh"
+    assert metrics.bleu_tokenizer(["他在北京", "きれい"]) == "char"
+
+
+def test_chrf_is_sacrebleus():
+    from sacrebleu.metrics import CHRF
+
+    references, predictions = [PAIR[0], "one two three four five six seven"], [PAIR[1], "one two three four five"]
+    found = score(references, predictions, ["chrf"])["chrF"].value
+    assert found == pytest.approx(CHRF().corpus_score(predictions, [references]).score) and 60 < found < 90
 
 
 class WordNet:
@@ -68,6 +139,7 @@ def test_meteor_without_wordnet_matches_words_and_stems_and_says_so(without_word
     # "cats" has the stem of "cat": 3 of 3 in one chunk; "tom" is a synonym that only WordNet knows.
     assert meteor("the cat sat", "the cats sat") == pytest.approx(1 - 0.5 / 27)
     assert meteor("the cat sat", "the tom sat") == pytest.approx(2 / 3 * (1 - 0.5 * (2 / 2) ** 3))
+    assert meteor("我们去公园", "我们去公园") == pytest.approx(1 - 0.5 / 5**3)  # five words, and not one
 
 
 def test_meteor_with_wordnet_knows_synonyms(monkeypatch):
@@ -79,8 +151,8 @@ def test_meteor_with_wordnet_knows_synonyms(monkeypatch):
 def test_equal_sentences_score_full_and_shuffled_references_low(without_wordnet):
     texts = [f"sentence {n} says {n * n} and {n + 7} here" for n in range(20)]
     same, shuffled = (score(texts, other, metrics.METRICS) for other in (texts, texts[1:] + texts[:1]))
-    assert list(same) == ["BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L", "METEOR (exact+stem)"]
-    for name in ("BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L"):
+    assert list(same) == ["BLEU-4", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L", "METEOR (exact+stem)"]
+    for name in ("BLEU-4", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L"):
         assert (same[name].value, same[name].low, same[name].high) == pytest.approx((100, 100, 100))
     assert shuffled["BLEU-4"].value < 20 < shuffled["ROUGE-L"].value < 75
 
@@ -94,6 +166,12 @@ def test_interval_is_that_of_resampling():
     assert found == score(references, ["a b c d"] * 200 + ["w x y z"] * 200, ["rouge"])["ROUGE-L"]
     bleu = score(references, ["a b c d"] * 200 + ["w x y z"] * 200, ["bleu"])["BLEU-4"]
     assert bleu.value == pytest.approx(50) and (bleu.low, bleu.high) == pytest.approx((45, 55), abs=1)
+
+
+def test_one_seed_tells_of_no_deviation():
+    rows = [{"BLEU-4": 66.0}, {"BLEU-4": 67.0}, {"BLEU-4": 71.0}]
+    assert experiment._spread(rows, "BLEU-4") == "68.0 ± 2.6"
+    assert experiment._spread(rows[:1], "BLEU-4") == "66.0"
 
 
 #################################################################################
@@ -132,11 +210,21 @@ def test_several_files_make_one_table_and_one_json(tmp_path, evaluate, monkeypat
     assert status == 0, err
     head, good, bad = out.splitlines()
     assert head.split() == ["BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
-    assert good.startswith("good.json") and "100.00 [100.0, 100.0]" in good
-    assert bad.startswith("bad.json") and "80.00 [80.0, 80.0]" in bad
+    assert good.startswith("good.json") and "100.00 [no interval]" in good  # one sentence tells nothing of others
+    assert bad.startswith("bad.json") and "80.00 [no interval]" in bad
     results = json.loads((tmp_path / "results.json").read_text())
+    assert results["bad.json"]["ROUGE-1"]["low"] is results["bad.json"]["BLEU-4"]["high"] is None
     assert results["bad.json"]["sentences"] == 1 and results["bad.json"]["ROUGE-1"]["value"] == pytest.approx(80)
     assert results["bad.json"]["BLEU-4"]["value"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+
+
+def test_files_of_several_scripts_have_a_column_each(tmp_path, evaluate):
+    english = write(tmp_path / "en.json", entries_of(*[("a b c d e", "a b c d e")] * 5))
+    chinese = write(tmp_path / "zh.json", entries_of(*[("我们去公园玩", "我们去公园玩")] * 5))
+    status, out, err = evaluate("--predictions", english, chinese, "--metrics", "bleu")
+    head, one, other = out.splitlines()
+    assert status == 0 and head.split() == ["BLEU-4", "BLEU-4", "(zh)"], err
+    assert one.endswith("100.00 [100.0, 100.0]  -") and other.endswith("-                      100.00 [100.0, 100.0]")
 
 
 def test_bad_predictions_are_one_line(tmp_path, evaluate):
@@ -151,7 +239,7 @@ def test_bad_predictions_are_one_line(tmp_path, evaluate):
         write(path, entries)
         refused(evaluate("--predictions", path), *words)
     write(path, entries_of(("a", "a")))
-    refused(evaluate("--predictions", path, "--metrics", "bleu", "bertscore"), "bertscore", "bleu, rouge, meteor")
+    refused(evaluate("--predictions", path, "--metrics", "bleu", "bertscore"), "bertscore", "bleu, chrf, rouge, meteor")
     refused(evaluate("--predictions", tmp_path / "none.json"), "none.json", "no such file")
     path.write_bytes(b'[{"id": 0,\n"reference": "\xe4"}]')
     refused(evaluate("--predictions", path), "line 2 is not UTF-8")
