@@ -1,5 +1,6 @@
 """Folders of pictures to a latent store: what is there already, what is new, statistics and split."""
 
+import contextlib
 import math
 import os
 import sys
@@ -20,13 +21,14 @@ from isonext.data.autoencoder import Autoencoder, load_autoencoder
 from isonext.data.dataset import own_store
 from isonext.data.pt_store import PtStore
 from isonext.data.shard_store import ShardStore, refuse_external
+from isonext.data.shards import OURS
 from isonext.data.splits import group_pictures, split_off
 from isonext.data.store import LatentSpec, Row, StoreMeta, WritePlan, channel_statistics, fingerprint, read_meta
 from isonext.data.style_folders import find_styles, held_out_hint
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
-from isonext.utils.io import in_background
+from isonext.utils.io import folder_lock, in_background
 
 BATCH = 16  # pictures at once
 
@@ -66,19 +68,20 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
     codec = load_autoencoder(config.autoencoder.name, device)
     if distributed.is_main() and (hint := held_out_hint(raw_root, styles)):
         print(f"warning: {hint}", file=sys.stderr)
-    work = distributed.from_main(
-        _find_work(config.data, codec, list(styles), pictures) if distributed.is_main() else None
-    )
-    started = time.perf_counter()
-    shares = distributed.gather(encode(work, codec, config, device, quiet))
-    report = None
-    if distributed.is_main():
-        seconds = time.perf_counter() - started
-        report = _tally(work, {entry: reason for share in shares for entry, reason in share.items()}, pictures)
-        report.seconds = seconds
-        _check_styles(raw_root, report.meta.latents.styles, pictures, report.skipped)
-        _complete(work.store, {entry: groups[entry] for entry in pictures}, config.data.val_fraction)
-    return distributed.from_main(report)
+    with folder_lock(config.data.data_root) if distributed.is_main() else contextlib.nullcontext():
+        work = distributed.from_main(
+            _find_work(config.data, codec, list(styles), pictures) if distributed.is_main() else None
+        )
+        started = time.perf_counter()
+        shares = distributed.gather(encode(work, codec, config, device, quiet))
+        report = None
+        if distributed.is_main():
+            seconds = time.perf_counter() - started
+            report = _tally(work, {entry: reason for share in shares for entry, reason in share.items()}, pictures)
+            report.seconds = seconds
+            _check_styles(raw_root, report.meta.latents.styles, pictures, report.skipped)
+            _complete(work.store, {entry: groups[entry] for entry in pictures}, config.data.val_fraction)
+        return distributed.from_main(report)
 
 
 #################################################################################
@@ -90,8 +93,9 @@ def _find_work(data: DataConfig, codec: Autoencoder, styles: list[str], pictures
     """Take stock of the store, which is not complete from here on. `pictures` is entry -> picture."""
     root = Path(data.data_root)
     meta = _prepare_meta(root, data, codec, styles)
-    meta.write(root)
     store = own_store(root, meta)
+    meta.written = sorted(meta.own | set(store.may_write(pictures, BATCH)))
+    meta.write(root)
     removed, current = store.take_stock(pictures)
     todo = [(entry, picture) for entry, picture in pictures.items() if entry not in current]
     return Work(store, todo, store.plan(len(todo), BATCH), removed)
@@ -106,6 +110,7 @@ def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list
     old = read_meta(root)
     if old is None:
         refuse_external(root)
+        _refuse_foreign(root)
         return meta
     for key, was, now in (
         ("autoencoder", old.latents.autoencoder, codec.name),
@@ -115,8 +120,19 @@ def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list
     ):
         if was != now:
             raise UserError(f"{root}: the store has {key} {was}, not {now}; use another data.data_root or delete it")
+    refuse_external(root, OURS)
     meta.latents.styles = _continued_styles(root, old, data.raw_data_root, styles)
+    meta.written = sorted(old.own)
     return meta
+
+
+def _refuse_foreign(root: Path) -> None:
+    """UserError where a folder without a store holds files: they are somebody else's. Hidden ones may stay."""
+    found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    if found:
+        raise UserError(
+            f"{root}: is no latent store and not empty ({found[0]}); give data.data_root a new or an empty folder"
+        )
 
 
 def _continued_styles(root: Path, old: StoreMeta, raw_root: str, styles: list[str]) -> list[str]:
@@ -241,6 +257,7 @@ def _check_styles(raw_root: Path, styles: list[str], entries: Iterable[str], ski
 def _complete(store: PtStore | ShardStore, groups: dict[str, str], val_fraction: float) -> None:
     """Split, statistics and counts: the store is complete. `groups`: every entry and its group."""
     meta, val = store.meta, split_off(groups, val_fraction)
+    meta.written = store.left()
     meta.split = {"train": sorted(groups.keys() - val), "val": sorted(val)}
     tally = {name: Counter(entry.partition("/")[0] for entry in names) for name, names in meta.split.items()}
     meta.counts = {style: {name: tally[name][style] for name in tally} for style in meta.latents.styles}

@@ -78,6 +78,15 @@ class StoreMeta:
     complete: bool = False
     format: int = FORMAT
     layout: str = "pt"  # of the files: pt, safetensors, or foreign, for those of another program (external.py)
+    written: list[str] = field(
+        default_factory=list
+    )  # entries of the split apart, what runs may have written: see `own`
+
+    @property
+    def own(self) -> set[str]:
+        """Entries and shards that this program wrote, or may have written before it was stopped: no other file here is
+        ever deleted."""
+        return {*self.written, *self.split["train"], *self.split["val"]}
 
     @property
     def copies(self) -> int:
@@ -105,7 +114,10 @@ def read_meta(root: Path) -> StoreMeta | None:
             raise UserError(f"{path}: store format {tree['format']}, this program reads {FORMAT}; preprocess anew")
         return StoreMeta(LatentSpec(**tree.pop("latents")), **tree)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and run preprocess_latents.py again") from None
+        raise UserError(
+            f"{path}: damaged ({error}); use another data.data_root, or delete the folder and run "
+            "preprocess_latents.py again"
+        ) from None
 
 
 #################################################################################

@@ -10,11 +10,13 @@ from PIL import Image
 
 from helpers import ROOT, call
 from isonext.config import config_to_dict
+from isonext.data import preprocess as preprocessing
 from isonext.data.autoencoder import load_autoencoder
-from isonext.data.dataset import open_store
+from isonext.data.dataset import load_split, open_store
 from isonext.data.preprocess import preprocess
 from isonext.data.store import read_meta
 from isonext.errors import UserError
+from isonext.utils.io import folder_lock
 from preprocess_latents import build_parser, main
 
 RNG = np.random.default_rng(1)
@@ -207,7 +209,7 @@ def test_after_kills_in_the_middle_a_rerun_equals_an_uninterrupted_run(store, ma
     assert len(left) == 20, "the last kill came before meta.json alone"
     report = preprocess(config, cpu, quiet=True)
     assert (report.encoded, report.kept) == (0, 20)
-    for leftover in (store / "killed").glob(".meta.tmp*"):
+    for leftover in (store / "killed").glob(".meta.isonext-tmp-*"):
         leftover.unlink()
     assert_same_store(store / "killed", store / "latents")
 
@@ -341,7 +343,79 @@ def test_hidden_folders_are_no_styles(store, make_config, cpu):
 
 
 def test_an_unfinished_file_of_a_killed_run_is_cleared_away(store, make_config, cpu):
-    leftover = store / "latents" / "ink" / f".1.png.tmp{os.getpid() + 1}.pt"
+    leftover = store / "latents" / "ink" / f".1.png.isonext-tmp-{os.getpid() + 1}_0.pt"
     leftover.write_bytes(b"half")
     preprocess(make_config(store), cpu, quiet=True)
     assert not leftover.exists()
+
+
+#################################################################################
+#                            What is not this program's                         #
+#################################################################################
+
+THEIRS = (".todo.tmpl", ".notes.tmp3.txt", ".a.isonext-tmp-.png", "packed-train-mine.npy", "ink/weights/mynet.pt")
+
+
+def put(root: Path, *names: str) -> dict[str, bytes]:
+    """Files of a user's at `root`, and what they hold."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(f"content {number}".encode())
+    return {name: (root / name).read_bytes() for name in names}
+
+
+def held(root: Path, names: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: (root / name).read_bytes() for name in names if (root / name).exists()}
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+@pytest.mark.parametrize("where", ["raw", "other"])
+def test_a_folder_that_is_not_empty_and_no_store_is_refused_and_keeps_its_files(store, make_config, cpu, where, form):
+    put(store / where, ".todo.tmpl", "ink/weights/mynet.pt")
+    before = snapshot(store / where)
+    config = make_config(store, {"data.data_root": str(store / where), "data.format": form})
+    with pytest.raises(UserError, match=rf"{where}: is no latent store and not empty \(ink\); give data\.data_root"):
+        preprocess(config, cpu, quiet=True)
+    assert snapshot(store / where) == before
+
+
+def test_hidden_files_alone_may_stay_in_the_folder_of_a_new_store(store, make_config, cpu):
+    theirs = put(store / "new", ".gitkeep", ".notes.tmp3.txt")
+    assert preprocess(make_config(store, {"data.data_root": str(store / "new")}), cpu, quiet=True).encoded == 20
+    assert held(store / "new", theirs) == theirs
+
+
+def test_files_of_others_in_a_store_survive_all_that_it_does(store, draw, make_config, cpu):
+    root, theirs = store / "latents", put(store / "latents", *THEIRS)
+    (store / "raw" / "ink" / "3.png").unlink()
+    (store / "raw" / "ink" / "5.png").write_text("no picture")
+    draw(store / "raw" / "oil" / "4.png", seed=777)
+    report = preprocess(make_config(store), cpu, quiet=True)
+    assert (report.encoded, report.kept, report.removed, len(report.skipped)) == (1, 17, 1, 1)
+    load_split(root, open_store(root), "train", memory_limit=0)
+    assert held(root, theirs) == theirs
+    assert not (root / "ink" / "3.png.pt").exists() and not (root / "ink" / "5.png.pt").exists()
+
+
+def test_what_a_stopped_run_wrote_goes_with_its_picture(store, make_config, cpu, monkeypatch):
+    config = make_config(store, {"data.data_root": str(store / "stopped")})
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "_complete", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            preprocess(config, cpu, quiet=True)
+    (store / "raw" / "ink" / "3.png").unlink()
+    report = preprocess(config, cpu, quiet=True)
+    assert (report.encoded, report.kept, report.removed) == (0, 19, 1)
+    assert not (store / "stopped" / "ink" / "3.png.pt").exists()
+    assert read_meta(store / "stopped").written == []
+
+
+def test_a_second_run_in_one_store_is_one_line_and_changes_nothing(store, make_config, cpu):
+    before = snapshot(store / "latents")
+    with (
+        folder_lock(store / "latents"),
+        pytest.raises(UserError, match=r"latents: is in use by another run of this program; wait"),
+    ):
+        preprocess(make_config(store), cpu, quiet=True)
+    assert snapshot(store / "latents") == before
+    assert preprocess(make_config(store), cpu, quiet=True).kept == 20
