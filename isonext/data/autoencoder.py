@@ -2,7 +2,8 @@
 
 The VAEs are folders of diffusers or single files (`ldm_checkpoint.py`).
 
-Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), and
+Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), `digest` (what tells it from
+any other, wherever it lies), and
 
     encode: pixels (B, 3, H, W) in [-1, 1], sides divisible by factor -> latents (B, channels, H / factor, W / factor)
     decode: the way back, not clipped
@@ -10,11 +11,12 @@ Both are modules with the same face: `name`, `channels`, `factor` (pixels a late
 Latents here are the autoencoder's own, with its shift and scale applied; `store.py` standardises them.
 """
 
+import hashlib
 import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +38,7 @@ class Autoencoder(Protocol):
     name: str
     channels: int
     factor: int
+    digest: str
 
     def encode(self, pixels: Tensor) -> Tensor: ...
 
@@ -49,6 +52,16 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     return DiffusersAutoencoder(name, device)
 
 
+def weights_digest(weights: Mapping[str, Tensor], *settings: Any) -> str:
+    """SHA-256 of the weights' names, types, shapes and bytes, and of what else makes their latents."""
+    seal = hashlib.sha256(repr(settings).encode())
+    for name, weight in sorted(weights.items()):
+        seal.update(repr((name, str(weight.dtype), tuple(weight.shape))).encode())
+        plain: Any = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # mypy: a Buffer
+        seal.update(plain)
+    return seal.hexdigest()
+
+
 class DiffusersAutoencoder(nn.Module):
     """A pretrained VAE; encodes to the posterior mean. BF16 on CUDA, float32 elsewhere."""
 
@@ -57,12 +70,14 @@ class DiffusersAutoencoder(nn.Module):
     def __init__(self, name: str, device: torch.device) -> None:
         super().__init__()
         self.name, self.device = name, device
-        self.vae = _load_vae(name).to(device).eval().requires_grad_(False)
+        vae = _load_vae(name)
+        self.scale = vae.config.scaling_factor
+        self.shift = vae.config.get("shift_factor") or 0.0
+        self.digest = weights_digest(vae.state_dict(), type(vae).__name__, self.scale, self.shift)
+        self.vae = vae.to(device).eval().requires_grad_(False)
         self.vae.encoder.to(memory_format=torch.channels_last)  # 1.3 to 1.7 times as fast: benchmarks/preprocess.py
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.scale = self.vae.config.scaling_factor
-        self.shift = self.vae.config.get("shift_factor") or 0.0
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -181,6 +196,7 @@ class DctCodec(nn.Module):
         if not (1 <= self.factor <= 64 and 1 <= self.channels <= 3 * self.factor**2):
             raise UserError(f"autoencoder {name}: f must be 1 to 64 and c 1 to 3 f^2 = {3 * self.factor**2}")
         self.name = f"dct:f{self.factor}c{self.channels}"
+        self.digest = weights_digest({}, self.name)
         analysis, synthesis = _dct_kernels(self.factor, self.channels, self.COLOUR_ENERGY)
         self.register_buffer("analysis", analysis)
         self.register_buffer("synthesis", synthesis)

@@ -106,14 +106,19 @@ def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list
     size = data.image_size
     if size % codec.factor:
         raise UserError(f"--target_size {size}: must be a multiple of {codec.factor} for the autoencoder {codec.name}")
-    meta = StoreMeta(LatentSpec(codec.name, codec.channels, codec.factor, size, styles), data.flip, layout=data.format)
+    spec = LatentSpec(codec.name, codec.channels, codec.factor, size, styles, autoencoder_digest=codec.digest)
+    meta = StoreMeta(spec, data.flip, layout=data.format)
     old = read_meta(root)
     if old is None:
         refuse_external(root)
         _refuse_foreign(root)
         return meta
+    if not spec.has_autoencoder_of(old.latents):
+        raise UserError(
+            f"{root}: the store has autoencoder {old.latents.autoencoder_beside(spec)}, not "
+            f"{spec.autoencoder_beside(old.latents)}; use another data.data_root or delete it"
+        )
     for key, was, now in (
-        ("autoencoder", old.latents.autoencoder, codec.name),
         ("size", old.latents.image_size, size),
         ("channels", old.latents.channels, codec.channels),
         ("format", old.layout, data.format),
@@ -121,8 +126,9 @@ def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list
         if was != now:
             raise UserError(f"{root}: the store has {key} {was}, not {now}; use another data.data_root or delete it")
     refuse_external(root, OURS)
-    meta.latents.styles = _continued_styles(root, old, data.raw_data_root, styles)
+    spec.styles = _continued_styles(root, old, data.raw_data_root, styles)
     meta.written = sorted(old.own)
+    spec.autoencoder_digest = old.latents.autoencoder_digest  # of what lies there; before 0.2.0 nobody asked
     return meta
 
 

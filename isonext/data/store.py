@@ -36,6 +36,7 @@ class LatentSpec:
     styles: list[str]  # in id order
     mean: list[float] = field(default_factory=list)  # per channel, of the training split
     std: list[float] = field(default_factory=list)
+    autoencoder_digest: str = ""  # of its weights; "" where they were not known: other programs', and before 0.2.0
 
     @property
     def space(self) -> tuple[int, ...]:
@@ -56,6 +57,18 @@ class LatentSpec:
         ones = [1] * (like.ndim - 2)
         mean, std = (torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std))
         return mean, std
+
+    def has_autoencoder_of(self, other: "LatentSpec") -> bool:
+        """Whether both are of one autoencoder, wherever its files lay: by digest, or where one is unknown by path."""
+        if self.autoencoder_digest and other.autoencoder_digest:
+            return self.autoencoder_digest == other.autoencoder_digest
+        return Path(self.autoencoder).resolve() == Path(other.autoencoder).resolve()
+
+    def autoencoder_beside(self, other: "LatentSpec") -> str:
+        """For messages: its path, and what tells it from `other`'s where they have one path."""
+        if self.autoencoder != other.autoencoder:
+            return self.autoencoder
+        return f"{self.autoencoder} (sha256 {self.autoencoder_digest[:12]})"
 
     def style_id(self, style: str) -> int:
         """The id of a style given by name, or by id as text."""

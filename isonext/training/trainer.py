@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from isonext.checkpoint import BEST, INTERRUPTED, Checkpoint, epoch_checkpoints, load_checkpoint, network_of
 from isonext.config import Config
+from isonext.data.autoencoder import Autoencoder
 from isonext.data.dataset import load_split
 from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
@@ -112,10 +114,21 @@ class Trainer:
         for line in check_resume(checkpoint, path, self.config, self.spec, self.train.digest):
             self.accelerator.print(line)
         # The statistics stay those of the start: the network's units must not move under it.
-        self.spec = self.train.spec = self.val.spec = checkpoint.latents
+        known = checkpoint.latents
+        self.spec = self.train.spec = self.val.spec = replace(self.spec, mean=known.mean, std=known.std)
         self.base = checkpoint.base
         self.state.load_tree(vars(checkpoint), path)
         self.accelerator.print(f"resumed from {path} at step {self.state.step}")
+
+    def _load_codec(self) -> Autoencoder:
+        """The store's autoencoder; where that does not load, the config's, if it is a local one of the same weights."""
+        where, name = self.config.data.data_root, self.config.autoencoder.name
+        try:
+            return load_codec(self.spec, self.device, where)
+        except UserError:
+            if not Path(name).exists():
+                raise
+            return load_codec(self.spec, self.device, where, name)
 
     def _make_validation(self) -> Validation:
         training, averaged = self.config.training, self.state.ema.model
@@ -125,7 +138,7 @@ class Trainer:
             return self.gradients.losses(averaged, batch.to(self.device, training.channels_last))
 
         def make_pipeline() -> Pipeline:
-            codec = load_codec(self.spec, self.device, self.config.data.data_root)
+            codec = self._load_codec()
             return Pipeline(averaged, codec, self.spec, self.device, self.bf16, base=self.base)
 
         splits = self.train, self.val

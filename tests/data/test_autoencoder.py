@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from helpers import ROOT
-from isonext.data.autoencoder import load_autoencoder, tiled
+from isonext.data.autoencoder import load_autoencoder, tiled, weights_digest
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.evaluation.metrics import psnr
@@ -216,6 +217,41 @@ def test_decoding_takes_scale_and_shift_off_again(folders, kind, channels, shift
     made = load_autoencoder(str(folders / kind), CPU).decode((raw - shift) * scale)
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
     assert expected.std() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_the_digest_is_of_the_weights_and_the_scale_wherever_they_lie(folders, tmp_path, kind):
+    digest = load_autoencoder(str(folders / kind), CPU).digest
+    moved = copy_of(folders / kind, tmp_path / "moved")
+    assert load_autoencoder(str(moved), CPU).digest == digest
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "scaling_factor": 2.0, "_diffusers_version": "9.9"}))
+    scaled = load_autoencoder(str(moved), CPU).digest
+    (moved / "config.json").write_text(json.dumps(config))
+    weights = load_file(moved / "diffusion_pytorch_model.safetensors")
+    name = max(weights, key=lambda key: weights[key].numel())
+    weights[name].view(-1)[0] += 1e-3
+    save_file(weights, moved / "diffusion_pytorch_model.safetensors")
+    changed = load_autoencoder(str(moved), CPU).digest
+    assert len({digest, scaled, changed}) == 3 and len(digest) == 64
+
+
+def test_the_digest_of_a_dct_is_that_of_its_sizes():
+    assert load_autoencoder("dct", CPU).digest == load_autoencoder("dct:f4c12", CPU).digest
+    assert load_autoencoder("dct", CPU).digest != load_autoencoder("dct:f4c13", CPU).digest
+
+
+def test_the_digest_takes_in_names_types_shapes_and_bytes():
+    x = torch.arange(6.0)
+    same = {"a": x, "b": x[:0]}
+    others = [
+        {"c": x, "b": x[:0]},
+        {"a": x.view(2, 3), "b": x[:0]},
+        {"a": x + 1, "b": x[:0]},
+        {"a": x.half(), "b": x[:0]},
+    ]
+    assert weights_digest(same) == weights_digest({"b": x[:0], "a": x.view(2, 3).T.contiguous().T.reshape(6)})
+    assert len({weights_digest(weights) for weights in (same, *others)} | {weights_digest(same, 2.0)}) == 6
 
 
 def empty(folder):

@@ -419,3 +419,41 @@ def test_a_second_run_in_one_store_is_one_line_and_changes_nothing(store, make_c
         preprocess(make_config(store), cpu, quiet=True)
     assert snapshot(store / "latents") == before
     assert preprocess(make_config(store), cpu, quiet=True).kept == 20
+
+
+#################################################################################
+#                     The autoencoder is told by its weights                    #
+#################################################################################
+
+
+def edit_spec(root: Path, **changes) -> None:
+    """Change entries of meta.json's latents; None takes one out."""
+    tree = json.loads((root / "meta.json").read_text())
+    spec = tree["latents"] | changes
+    tree["latents"] = {name: value for name, value in spec.items() if value is not None}
+    (root / "meta.json").write_text(json.dumps(tree, indent=1))
+
+
+def test_replaced_weights_are_refused_and_the_store_is_untouched(store, make_config, cpu):
+    edit_spec(store / "latents", autoencoder_digest="0" * 64)
+    before = snapshot(store / "latents")
+    with pytest.raises(
+        UserError, match=r"latents: the store has autoencoder dct:f4c12 \(sha256 0{12}\), not dct:f4c12"
+    ):
+        preprocess(make_config(store), cpu, quiet=True)
+    assert snapshot(store / "latents") == before
+
+
+def test_an_autoencoder_that_moved_is_the_same_and_the_store_says_where_it_is_now(store, make_config, cpu):
+    edit_spec(store / "latents", autoencoder=str(store / "gone"))
+    assert preprocess(make_config(store), cpu, quiet=True).kept == 20
+    assert read_meta(store / "latents").latents.autoencoder == "dct:f4c12"
+
+
+def test_a_store_without_a_digest_goes_by_the_path_and_stays_without(store, make_config, cpu):
+    edit_spec(store / "latents", autoencoder_digest=None)
+    assert preprocess(make_config(store), cpu, quiet=True).kept == 20
+    assert read_meta(store / "latents").latents.autoencoder_digest == ""
+    edit_spec(store / "latents", autoencoder="dct:f4c11")
+    with pytest.raises(UserError, match=r"has autoencoder dct:f4c11, not dct:f4c12"):
+        preprocess(make_config(store), cpu, quiet=True)

@@ -270,3 +270,24 @@ def test_the_fingerprint_of_a_file_changes_with_its_size_and_its_time(tmp_path):
     path.write_bytes(b"12345")
     status = path.stat()
     assert fingerprint(path) == [5, status.st_mtime_ns]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("vae", "a"), ("moved/vae", "a"), True),
+        (("vae", "a"), ("vae", "b"), False),
+        (("vae", ""), ("./vae/", "b"), True),
+        (("vae", ""), ("{cwd}/vae", ""), True),
+        (("vae", "a"), ("other", ""), False),
+    ],
+)
+def test_an_autoencoder_is_known_by_its_digest_or_where_there_is_none_by_its_path(
+    tmp_path, monkeypatch, one, other, same
+):
+    monkeypatch.chdir(tmp_path)
+    a, b = (
+        dataclasses.replace(make_spec(), autoencoder=name.format(cwd=tmp_path), autoencoder_digest=digest)
+        for name, digest in (one, other)
+    )
+    assert a.has_autoencoder_of(b) is b.has_autoencoder_of(a) is same

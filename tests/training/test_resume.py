@@ -1,6 +1,7 @@
 """What a run may start from: what may change on the way, what may not, and the weights of another run."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -128,6 +129,36 @@ def test_resume_on_other_latents_is_refused_by_name(config, store, draw, make_co
         Trainer(config(changes), "newest")
 
 
+def edit_store(store, **changes) -> None:
+    tree = json.loads((store / "latents/meta.json").read_text())
+    tree["latents"] |= changes
+    (store / "latents/meta.json").write_text(json.dumps(tree))
+
+
+def test_an_autoencoder_that_moved_is_no_other_and_replaced_weights_are(config, started, store):
+    edit_store(store, autoencoder="elsewhere/vae")
+    assert Trainer(config(), "newest").spec.autoencoder == "elsewhere/vae", "where it lies now"
+    edit_store(store, autoencoder="dct:f4c12", autoencoder_digest="0" * 64)
+    words = (
+        r"stage1_interrupted\.pt: was trained on latents of autoencoder dct:f4c12 \(sha256 \w{12}\), the store has dct"
+    )
+    with pytest.raises(UserError, match=words):
+        Trainer(config(), "newest")
+    with pytest.raises(UserError, match=r"is of latents of autoencoder dct:f4c12 \(sha256"):
+        Trainer(config(run="fine"), init=str(started.folder / "stage1_interrupted.pt"))
+
+
+def test_validation_takes_the_configs_autoencoder_where_the_stores_has_moved(config, store):
+    edit_store(store, autoencoder="gone/vae")
+    trainer = Trainer(config())
+    with pytest.raises(UserError, match="autoencoder gone/vae"):
+        trainer._load_codec()
+    (store / "vae").mkdir()
+    trainer.config.autoencoder.name = str(store / "vae")  # there, but none
+    with pytest.raises(UserError, match=f"autoencoder {store / 'vae'}"):
+        trainer._load_codec()
+
+
 #################################################################################
 #                            The weights of another run                         #
 #################################################################################
@@ -201,7 +232,10 @@ def test_weights_that_do_not_fit_are_refused(config, started, change, message):
 def test_weights_of_other_latents_are_refused(started):
     spec = started.spec
     other = load_checkpoint(started.folder / "stage1_interrupted.pt")
-    for change, message in (({"autoencoder": "dct:f8"}, "autoencoder"), ({"channels": 3}, "channels")):
+    for change, message in (
+        ({"autoencoder": "dct:f8", "autoencoder_digest": "0"}, "autoencoder dct:f4c12, the store has dct:f8"),
+        ({"channels": 3}, "channels 12, the store has 3"),
+    ):
         with pytest.raises(UserError, match=f"a.pt: is of latents of {message}"):
             in_units_of(dataclasses.replace(spec, **change), other, "a.pt")
 
