@@ -206,8 +206,13 @@ def encode(
     progress = tqdm(total=total, desc="encoding", unit="picture", disable=quiet)
     with progress as bar, in_background(work.plan.backlog) as submit:
         for items in loader:
-            rows += _encoded(items, todo, codec, config.data.flip, device)
             results |= {todo[item][0]: source if picture is None else None for item, picture, source in items}
+            for row in _encoded(items, todo, codec, config.data.flip, device):
+                if row.is_finite:
+                    rows.append(row)
+                else:
+                    picture = Path(config.data.raw_data_root) / row.entry.removesuffix(".pt")
+                    results[row.entry] = f"{picture}: the autoencoder {codec.name} makes no finite numbers of it"
             last = items[-1][0]
             if last == pieces[last // length][-1]:
                 for function, *arguments in work.store.writes(rows, work.plan, last // length):
@@ -267,7 +272,11 @@ def _complete(store: PtStore | ShardStore, groups: dict[str, str], val_fraction:
     meta.split = {"train": sorted(groups.keys() - val), "val": sorted(val)}
     tally = {name: Counter(entry.partition("/")[0] for entry in names) for name, names in meta.split.items()}
     meta.counts = {style: {name: tally[name][style] for name in tally} for style in meta.latents.styles}
-    meta.latents.mean, meta.latents.std = channel_statistics(store.latents(meta.split["train"]))
+    spec = meta.latents
+    spec.mean, spec.std = channel_statistics(store.latents(meta.split["train"]))
+    if not spec.is_finite:  # pictures of this run were looked at; these are of an earlier version
+        entry = next(name for name in groups if not all(part.isfinite().all() for part in store.latents([name])))
+        raise UserError(f"{store.root}: the latent of {entry} is not finite; delete the store and preprocess anew")
     meta.complete = True
     meta.write(store.root)
 

@@ -81,6 +81,9 @@ class PtStore:
             stored = read_latent(path)
         except UserError:  # damaged: encode it again
             return False
+        copies = [part for part in (stored["latent"], stored.get("flipped")) if part is not None]
+        if not all(part.isfinite().all() for part in copies):  # an earlier version let those in
+            return False
         return is_unchanged(picture, stored.get("source")) and ("flipped" in stored or not self.meta.flip)
 
     def plan(self, count: int, batch: int) -> WritePlan:

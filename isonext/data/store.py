@@ -39,6 +39,11 @@ class LatentSpec:
     autoencoder_digest: str = ""  # of its weights; "" where they were not known: other programs', and before 0.2.0
 
     @property
+    def is_finite(self) -> bool:
+        """Whether latents can be standardised: all of the statistics are numbers."""
+        return all(map(math.isfinite, (*self.mean, *self.std)))
+
+    @property
     def space(self) -> tuple[int, ...]:
         """The sides of a latent, in cells."""
         return (self.image_size // self.factor,) * 2
@@ -146,6 +151,11 @@ class Row:
     source: list[int]  # the picture's fingerprint
     latent: Tensor  # (C, h, w)
     flipped: Tensor | None  # of the mirrored picture
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the autoencoder made numbers of the picture."""
+        return all(bool(part.isfinite().all()) for part in (self.latent, self.flipped) if part is not None)
 
 
 @dataclass

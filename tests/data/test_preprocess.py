@@ -11,7 +11,7 @@ from PIL import Image
 from helpers import ROOT, call
 from isonext.config import config_to_dict
 from isonext.data import preprocess as preprocessing
-from isonext.data.autoencoder import load_autoencoder
+from isonext.data.autoencoder import DctCodec, load_autoencoder
 from isonext.data.dataset import load_split, open_store
 from isonext.data.preprocess import preprocess
 from isonext.data.store import read_meta
@@ -457,3 +457,66 @@ def test_a_store_without_a_digest_goes_by_the_path_and_stays_without(store, make
     edit_spec(store / "latents", autoencoder="dct:f4c11")
     with pytest.raises(UserError, match=r"has autoencoder dct:f4c11, not dct:f4c12"):
         preprocess(make_config(store), cpu, quiet=True)
+
+
+#################################################################################
+#                          Latents that are no numbers                          #
+#################################################################################
+
+
+class Overflowing(DctCodec):
+    """Of a picture whose corner is bright it makes an infinity: in the mirrored latent alone, if that is a left one."""
+
+    def encode(self, pixels):
+        latents = super().encode(pixels)
+        latents[:, 3, 0, -1] += torch.where(pixels[:, :, 0, -1].amin(1) > 0.99, torch.inf, 0.0)
+        return latents
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    monkeypatch.setattr(preprocessing, "load_autoencoder", lambda name, device: Overflowing(name))
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+@pytest.mark.parametrize("corner", [(0, 15), (0, 0)], ids=["plain", "mirrored"])
+def test_a_picture_that_the_autoencoder_makes_no_numbers_of_is_named_and_skipped(
+    store, make_config, cpu, overflowing, form, corner
+):
+    path = store / "raw" / "ink" / "3.png"
+    pixels = np.asarray(Image.open(path)).copy()
+    pixels[corner] = 255
+    Image.fromarray(pixels).save(path)
+    config = make_config(store, {"data.data_root": str(store / "new"), "data.format": form})
+    report = preprocess(config, cpu, quiet=True)
+    assert report.skipped == [f"{path}: the autoencoder dct:f4c12 makes no finite numbers of it"]
+    assert report.encoded == 19
+    meta = open_store(store / "new")
+    assert np.isfinite([meta.latents.mean, meta.latents.std]).all()
+    assert "ink/3.png.pt" not in meta.split["train"] + meta.split["val"]
+
+
+def test_an_autoencoder_that_makes_no_numbers_at_all_is_named(store, make_config, cpu, monkeypatch):
+    monkeypatch.setattr(DctCodec, "encode", lambda self, pixels: torch.full((len(pixels), 12, 4, 4), torch.nan))
+    with pytest.raises(UserError, match=r"ink: no picture .*0\.png: the autoencoder dct:f4c12 makes no finite numbers"):
+        preprocess(make_config(store, {"data.data_root": str(store / "new")}), cpu, quiet=True)
+    assert not read_meta(store / "new").complete
+
+
+def test_latents_of_before_that_are_no_numbers_are_encoded_again(store, make_config, cpu):
+    path = store / "latents" / "oil" / "7.png.pt"
+    entry = torch.load(path, weights_only=True)
+    whole = entry["latent"].clone()
+    entry["latent"][0, 0, 0] = torch.nan
+    torch.save(entry, path)
+    report = preprocess(make_config(store), cpu, quiet=True)
+    assert (report.encoded, report.kept) == (1, 19)
+    assert torch.equal(torch.load(path, weights_only=True)["latent"], whole)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_store_whose_statistics_are_no_numbers_is_refused(store, name, value):
+    edit_spec(store / "latents", **{name: [1.0] * 11 + [value]})
+    with pytest.raises(UserError, match="latents: its mean and deviation are not finite numbers"):
+        open_store(store / "latents")
