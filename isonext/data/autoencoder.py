@@ -13,6 +13,7 @@ Latents here are the autoencoder's own, with its shift and scale applied; `store
 
 import hashlib
 import itertools
+import json
 import math
 import re
 import warnings
@@ -71,6 +72,7 @@ class DiffusersAutoencoder(nn.Module):
         super().__init__()
         self.name, self.device = name, device
         vae = _load_vae(name)
+        _check_config(name, vae.config)
         self.scale = vae.config.scaling_factor
         self.shift = vae.config.get("shift_factor") or 0.0
         self.digest = weights_digest(vae.state_dict(), type(vae).__name__, self.scale, self.shift)
@@ -78,6 +80,26 @@ class DiffusersAutoencoder(nn.Module):
         self.vae.encoder.to(memory_format=torch.channels_last)  # 1.3 to 1.7 times as fast: benchmarks/preprocess.py
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._probe()
+
+    def _probe(self) -> None:
+        """UserError where a small grey picture does not go through: what does so later has cost hours by then."""
+        side = 4 * self.factor
+        try:
+            latents = self.encode(torch.zeros(1, 3, side, side, device=self.device))
+            pixels = self.decode(latents)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"autoencoder {self.name}: a picture does not go through ({first_line(error)})") from None
+        shapes = tuple(latents.shape[1:]), tuple(pixels.shape[1:])
+        if shapes != ((self.channels, 4, 4), (3, side, side)):
+            raise UserError(
+                f"autoencoder {self.name}: makes latents of shape {shapes[0]} of {side} x {side} pixels, and a picture "
+                f"of shape {shapes[1]} of those: encoder and decoder do not fit; {WAYS_OUT}"
+            )
+        if not (latents.isfinite().all() and pixels.isfinite().all()):
+            raise UserError(f"autoencoder {self.name}: makes no finite numbers of a grey picture; {WAYS_OUT}")
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -110,12 +132,41 @@ def _load_vae(name: str) -> Any:
             raise ValueError(f"{len(loading['missing_keys'])} weights are missing, e.g. {loading['missing_keys'][0]}")
         return vae
     except Exception as error:  # diffusers lets many types out of a broken folder; the answer is the same
-        if Path(name).exists():
-            reason = first_line(error)
-            raise UserError(f"autoencoder {name}: this folder does not load ({reason}); {WAYS_OUT}") from None
-        raise UserError(
-            f"autoencoder {name}: no such local folder, not in the cache, and the hub was not reached; {WAYS_OUT}"
-        ) from None
+        reason = f"this folder does not load ({first_line(error)})" if Path(name).exists() else _hub_reason(error)
+        raise UserError(f"autoencoder {name}: {reason}; {WAYS_OUT}") from None
+
+
+def _hub_reason(error: BaseException) -> str:
+    """Why a name that is no local folder did not load: diffusers wraps the cause in a guess of its own."""
+    from huggingface_hub import errors
+
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for kind, reason in (
+        (errors.GatedRepoError, "is gated on the hub: accept its terms there, and log in by `hf auth login`"),
+        (errors.RepositoryNotFoundError, "no such local folder, and the hub has none, or it is private"),
+        (errors.HFValidationError, "no such local folder, and no name that the hub could have"),
+        (errors.LocalEntryNotFoundError, "no such local folder, not in the cache, and the hub was not reached"),
+    ):
+        if any(isinstance(part, kind) for part in chain):
+            return reason
+    return f"does not load from the hub or its cache ({first_line(chain[-1])})"
+
+
+def _check_config(name: str, config: Any) -> None:
+    """UserError where it is no autoencoder of RGB pictures, or says no scale."""
+    for key in ("in_channels", "out_channels"):
+        if config[key] != 3:
+            raise UserError(f"autoencoder {name}: {key} is {config[key]}, but pictures have 3 channels; {WAYS_OUT}")
+    scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+    for key, value in (("scaling_factor", scale), ("shift_factor", shift)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(
+                f"autoencoder {name}: {key} in its config.json is {json.dumps(value)}; write a number there"
+            )
+    if scale == 0:
+        raise UserError(f"autoencoder {name}: scaling_factor in its config.json is 0; write another number there")
 
 
 #################################################################################
