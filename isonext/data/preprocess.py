@@ -206,13 +206,10 @@ def encode(
     progress = tqdm(total=total, desc="encoding", unit="picture", disable=quiet)
     with progress as bar, in_background(work.plan.backlog) as submit:
         for items in loader:
-            results |= {todo[item][0]: source if picture is None else None for item, picture, source in items}
-            for row in _encoded(items, todo, codec, config.data.flip, device):
-                if row.is_finite:
-                    rows.append(row)
-                else:
-                    picture = Path(config.data.raw_data_root) / row.entry.removesuffix(".pt")
-                    results[row.entry] = f"{picture}: the autoencoder {codec.name} makes no finite numbers of it"
+            encoded, bad = _encoded(items, todo, codec, config.data.flip, device)
+            rows += encoded
+            results |= dict.fromkeys((row.entry for row in encoded), None)
+            results |= bad
             last = items[-1][0]
             if last == pieces[last // length][-1]:
                 for function, *arguments in work.store.writes(rows, work.plan, last // length):
@@ -224,18 +221,24 @@ def encode(
 
 def _encoded(
     items: list, todo: list[tuple[str, Path]], codec: Autoencoder, flip: bool, device: torch.device
-) -> list[Row]:
-    """A batch of `SquarePictures` less the bad ones."""
+) -> tuple[list[Row], dict[str, str]]:
+    """A batch of `SquarePictures`: the rows of the good ones, and entry -> what is wrong with a bad one."""
+    bad = {todo[item][0]: reason for item, picture, reason in items if picture is None}
     good = [item for item in items if item[1] is not None]
     if not good:
-        return []
+        return [], bad
     pixels = images.to_pixels(torch.stack([picture for _, picture, _ in good]).to(device))
     plain = codec.encode(pixels).cpu()
     flipped = codec.encode(pixels.flip(-1)).cpu() if flip else [None] * len(good)
-    return [
-        Row(todo[item][0], source, latent, mirror)
-        for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True)
-    ]
+    rows = []
+    for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True):
+        entry, path = todo[item]
+        row = Row(entry, source, latent, mirror)
+        if row.is_finite:
+            rows.append(row)
+        else:
+            bad[entry] = f"{path}: the autoencoder {codec.name} makes no finite numbers of it"
+    return rows, bad
 
 
 #################################################################################
