@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from isonext.checkpoint import BEST, INTERRUPTED, Checkpoint, epoch_checkpoints, load_checkpoint, network_of
 from isonext.config import Config
-from isonext.data.autoencoder import Autoencoder
 from isonext.data.dataset import load_split
 from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
@@ -41,8 +40,11 @@ from model import VelocityNetwork, count_parameters
 class Trainer:
     """One training run: its data, its state, what computes its gradients and validates it, and where it is written."""
 
-    def __init__(self, config: Config, resume: str | None = None, init: str | None = None) -> None:
-        """`resume`: None for a new run, "newest", or a checkpoint's path; `init`: that of one whose weights to take."""
+    def __init__(
+        self, config: Config, resume: str | None = None, init: str | None = None, autoencoder: str | None = None
+    ) -> None:
+        """`resume`: None for a new run, "newest", or a checkpoint's path; `init`: that of one whose weights to take;
+        `autoencoder`: where the store's lies now, if not where the store says."""
         self.config, training = config, config.training
         self.folder = Path(config.checkpoint.save_dir)
         self.accelerator = join_processes()
@@ -67,6 +69,8 @@ class Trainer:
         model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks memory_format
         self.state = TrainState.start(model, training)
         self._resume(resume)
+        if autoencoder:  # checked now, not at the first validation; checkpoints will name this place
+            self.spec.autoencoder = load_codec(self.spec, self.device, str(root), autoencoder).name
         if other and init:
             self.accelerator.print(take_over((model, self.state.ema.model), other, init, self.spec))
             self.state.ema.head_start = other.ema_head_start + other.step
@@ -120,16 +124,6 @@ class Trainer:
         self.state.load_tree(vars(checkpoint), path)
         self.accelerator.print(f"resumed from {path} at step {self.state.step}")
 
-    def _load_codec(self) -> Autoencoder:
-        """The store's autoencoder; where that does not load, the config's, if it is a local one of the same weights."""
-        where, name = self.config.data.data_root, self.config.autoencoder.name
-        try:
-            return load_codec(self.spec, self.device, where)
-        except UserError:
-            if not Path(name).exists():
-                raise
-            return load_codec(self.spec, self.device, where, name)
-
     def _make_validation(self) -> Validation:
         training, averaged = self.config.training, self.state.ema.model
         assert isinstance(averaged, VelocityNetwork)
@@ -138,7 +132,7 @@ class Trainer:
             return self.gradients.losses(averaged, batch.to(self.device, training.channels_last))
 
         def make_pipeline() -> Pipeline:
-            codec = self._load_codec()
+            codec = load_codec(self.spec, self.device, self.config.data.data_root)
             return Pipeline(averaged, codec, self.spec, self.device, self.bf16, base=self.base)
 
         splits = self.train, self.val
@@ -279,12 +273,18 @@ def peak_memory_gb(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def train(config: Config, resume: str | None = None, init: str | None = None, quiet: bool | None = None) -> Trainer:
-    """Run (or go on with) the training that `config` describes; Ctrl-C and SIGTERM save first."""
+def train(
+    config: Config,
+    resume: str | None = None,
+    init: str | None = None,
+    autoencoder: str | None = None,
+    quiet: bool | None = None,
+) -> Trainer:
+    """Run (or go on with) the training that `config` describes, see `Trainer`; Ctrl-C and SIGTERM save first."""
     # DDP warns of the memory layout of depthwise weights (stride of a dimension of 1), which costs it nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with stop_signals() as stop, distributed.peers_needed():
-        trainer = Trainer(config, resume, init)
+        trainer = Trainer(config, resume, init, autoencoder)
         trainer.accelerator.print(trainer.describe())
         trainer.fit(stop, quiet)
     return trainer

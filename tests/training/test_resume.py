@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from helpers import call, refused
+from helpers import call, call_within, refused
 from isonext.checkpoint import load_checkpoint
+from isonext.config import config_to_dict
 from isonext.data.preprocess import preprocess
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
@@ -148,15 +149,24 @@ def test_an_autoencoder_that_moved_is_no_other_and_replaced_weights_are(config, 
         Trainer(config(run="fine"), init=str(started.folder / "stage1_interrupted.pt"))
 
 
-def test_validation_takes_the_configs_autoencoder_where_the_stores_has_moved(config, store):
+def test_an_autoencoder_that_is_named_takes_the_place_of_the_stores_and_is_checked(config, store):
     edit_store(store, autoencoder="gone/vae")
-    trainer = Trainer(config())
-    with pytest.raises(UserError, match="autoencoder gone/vae"):
-        trainer._load_codec()
-    (store / "vae").mkdir()
-    trainer.config.autoencoder.name = str(store / "vae")  # there, but none
-    with pytest.raises(UserError, match=f"autoencoder {store / 'vae'}"):
-        trainer._load_codec()
+    with pytest.raises(UserError, match=r"latents: trained on 12-channel latents, autoencoder dct:f4c11 gives 11"):
+        Trainer(config(), autoencoder="dct:f4c11")
+    trainer = Trainer(config(), autoencoder="dct")
+    assert trainer.spec.autoencoder == trainer.train.spec.autoencoder == "dct:f4c12"
+    assert trainer.validation.make_pipeline().codec.channels == 12
+    edit_store(store, autoencoder_digest="0" * 64)
+    with pytest.raises(UserError, match=r"the autoencoder gone/vae \(sha256 0{12}\), but dct"):
+        Trainer(config(), autoencoder="dct")
+
+
+def test_train_hands_on_the_autoencoder_of_set_alone(store, make_config):
+    """A config of another autoencoder than the store's is fine: preprocessing may have been told by --set."""
+    (store / "c.json").write_text(json.dumps(config_to_dict(make_config(store, {"autoencoder.name": "some/vae"}))))
+    flags = ("--config", "c.json", "--set", "training.stage1_epochs=1")
+    refused(call_within(store, "train", *flags, "--set", "autoencoder.name=dct:f4c11"), "12-channel latents", "f4c11")
+    assert not (store / "run").exists()
 
 
 #################################################################################
