@@ -19,6 +19,8 @@ from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.io import folder_lock, load_data, remove_unfinished, written_whole
 
+PACKING_S = 3600.0  # what a run waits for another one that packs the same split
+
 
 def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: list[int]) -> None:
     entry = {"latent": latent.cpu().clone(), "source": source}
@@ -135,8 +137,9 @@ class PtStore:
         path = self.root / f"packed-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
         with distributed.in_turn():
             if not path.exists():
-                with folder_lock(self.root):
-                    self._pack(path, split, names, shape)
+                with folder_lock(self.root, PACKING_S):
+                    if not path.exists():  # another run may have packed it meanwhile
+                        self._pack(path, split, names, shape)
         return np.load(path, mmap_mode="r")
 
     def _pack(self, path: Path, split: str, names: list[str], shape: tuple[int, ...]) -> None:

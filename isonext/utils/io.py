@@ -51,8 +51,8 @@ def remove_unfinished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Within, `folder` is this process's alone to write to; a UserError where it is another one's already.
+def folder_lock(folder: str | Path, timeout_s: float = 0) -> Iterator[None]:
+    """Within, `folder` is this process's alone to write to; a UserError where it is another one's for `timeout_s` more.
 
     The system lets go of the lock when a process ends, however it does. A folder that was made for the lock alone goes
     with it.
@@ -63,10 +63,10 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     path = folder / LOCK
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=timeout_s)
         while not path.exists():  # the one before deleted it just after it was opened here: it locks nobody else out
             lock.release()
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=timeout_s)
     except Timeout:
         raise UserError(
             f"{folder}: is in use by another run of this program; wait for its end, or give another folder"

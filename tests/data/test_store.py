@@ -2,6 +2,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from isonext.data.pt_store import read_latent, write_latent
 from isonext.data.splits import held_out
 from isonext.data.store import LatentSpec, StoreMeta, fingerprint, read_meta
 from isonext.errors import UserError
+from isonext.utils.io import folder_lock
 
 
 def make_spec(**changes) -> LatentSpec:
@@ -235,6 +238,18 @@ def test_memory_mapped_latents_equal_those_in_memory_bit_for_bit_and_are_packed_
     before = packed.stat().st_mtime_ns
     load_split(root, meta, "train", memory_limit=0)
     assert packed.stat().st_mtime_ns == before
+
+
+def test_a_run_waits_for_another_one_that_packs(store):
+    root = store / "latents"
+    meta, packing = open_store(root), folder_lock(root)
+    packing.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(load_split, root, meta, "train", 0)
+        time.sleep(0.2)
+        assert not waiting.done() and not list(root.glob("packed-*"))
+        packing.__exit__(None, None, None)
+        assert isinstance(waiting.result(30).latents, np.memmap)
 
 
 def test_a_changed_entry_makes_the_pack_anew(store, draw, make_config, cpu):
