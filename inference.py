@@ -11,7 +11,7 @@ original (--restore) without the input.
 import argparse
 from pathlib import Path
 
-from isonext.config import OF_THE_LEGS, SETTINGS, InferenceConfig
+from isonext.config import OF_THE_LEGS, SETTINGS, InferenceConfig, named_autoencoder
 from isonext.errors import UserError
 from isonext.inference.options import (
     NetworkOptions,
@@ -29,7 +29,16 @@ OF_A_PICTURE = ("input", "source_style", "save_structure", "min_structure", "str
 
 def read_options(args: argparse.Namespace) -> TransferOptions | RestyleOptions | RestoreOptions:
     """What is asked for. The options refuse values out of range; flags that do not go together are refused here."""
-    network = NetworkOptions(args.checkpoint, args.device, args.precision, args.compile, args.tile, args.batch_size)
+    check_combination(args)
+    network = NetworkOptions(
+        args.checkpoint,
+        args.device,
+        args.precision,
+        args.compile,
+        args.tile,
+        args.batch_size,
+        named_autoencoder(args.overrides),
+    )
     check_range("tile", args.tile, 0)
     if 0 < args.tile < 64:
         raise UserError(f"--tile {args.tile}: must be 64 or more, or 0 for no tiles")
@@ -37,7 +46,6 @@ def read_options(args: argparse.Namespace) -> TransferOptions | RestyleOptions |
     strength = 1.0 if args.strength is None else args.strength
     settings = SettingsOptions(args.config, tuple(args.overrides), flags, strength, args.seed)
     targets = TargetOptions(args.target_style, args.interpolate and tuple(args.interpolate), args.frames)
-    check_combination(args)
     if args.restore:
         return RestoreOptions(network, args.restore, args.output)
     if args.from_structure:
@@ -69,8 +77,9 @@ def check_combination(args: argparse.Namespace) -> None:
         for name in ("input", "source_style"):
             if getattr(args, name) is None:
                 raise UserError(f"--{name} is missing (only --from_structure and --restore go without it)")
+    others = [text for text in args.overrides if not text.startswith("autoencoder.name=")]  # that may have moved
     for name in barred:
-        if getattr(args, name) not in (None, []):
+        if (others if name == "overrides" else getattr(args, name)) not in (None, []):
             other = "restore" if args.restore else "from_structure"
             flag = {"overrides": "set"}.get(name, name)
             raise UserError(f"--{flag} does not go with --{other}: the structure file fixes it")

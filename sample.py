@@ -11,7 +11,7 @@ and many (torchrun) write the same files. A second run makes only what is missin
 import argparse
 from pathlib import Path
 
-from isonext.config import SETTINGS, InferenceConfig
+from isonext.config import SETTINGS, InferenceConfig, named_autoencoder
 from isonext.inference.options import NetworkOptions, SampleOptions, SettingsOptions
 from isonext.utils.cli import add_device_flags, new_parser, run
 
@@ -26,7 +26,15 @@ def read_options(args: argparse.Namespace) -> SampleOptions:
     """What is asked for; the options refuse values out of range."""
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     return SampleOptions(
-        NetworkOptions(args.checkpoint, args.device, args.precision, args.compile, args.tile, args.batch_size),
+        NetworkOptions(
+            args.checkpoint,
+            args.device,
+            args.precision,
+            args.compile,
+            args.tile,
+            args.batch_size,
+            named_autoencoder(args.overrides),
+        ),
         SettingsOptions(args.config, tuple(args.overrides), flags),
         args.output,
         styles=tuple(args.styles or ()),

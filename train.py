@@ -10,7 +10,7 @@ Randomness is a function of (seed, step): stopping and going on changes nothing.
 
 import argparse
 
-from isonext.config import load_config
+from isonext.config import load_config, named_autoencoder
 from isonext.errors import UserError
 from isonext.utils.cli import new_parser, run
 
@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--vram is of --plan: python train.py --plan --vram 8")
     from isonext.training.trainer import train
 
-    trainer = train(load_config(args.config, args.overrides), args.resume, args.init)
+    config = load_config(args.config, args.overrides)
+    trainer = train(config, args.resume, args.init, named_autoencoder(args.overrides))
     return 0 if trainer.finished else 130
 
 

@@ -79,7 +79,7 @@ def kill_once(folder: Path, pause: float, after: float) -> bool:
         raise RuntimeError("the run was over before the last kill; give it more --epochs")
     process.kill()
     process.communicate()
-    return any((folder / "killed").glob(".*.tmp*"))
+    return any((folder / "killed").glob(".*.isonext-tmp-*"))
 
 
 def finish(folder: Path, run_name: str) -> None:

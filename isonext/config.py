@@ -200,6 +200,12 @@ def apply_overrides(tree: dict, overrides: Iterable[str]) -> dict:
     return tree
 
 
+def named_autoencoder(overrides: Iterable[str]) -> str | None:
+    """What `--set autoencoder.name=...` says, if it is given."""
+    given = apply_overrides({}, overrides).get("autoencoder", {})
+    return config_from_dict({"autoencoder": given}, where="--set").autoencoder.name if "name" in given else None
+
+
 def config_to_dict(config: Config) -> dict:
     """Plain dicts, lists and numbers: what checkpoints carry and `config_from_dict` reads."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -7,7 +7,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -191,9 +191,10 @@ def _count(state: State) -> int:
     return len(state.position if isinstance(state, LatticeState) else state)
 
 
-def load_codec(spec: LatentSpec, device: torch.device, where: str) -> Autoencoder:
-    """The autoencoder of a model's latents; a UserError where it is not one of such latents."""
-    codec = load_autoencoder(spec.autoencoder, device)
+def load_codec(spec: LatentSpec, device: torch.device, where: str, name: str | None = None) -> Autoencoder:
+    """The autoencoder of a model's latents, or the one that `name` says in its place; a UserError that starts with
+    `where` if it is not one of such latents."""
+    codec = load_autoencoder(name or spec.autoencoder, device)
     if codec.channels != spec.channels:
         raise UserError(
             f"{where}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
@@ -203,14 +204,23 @@ def load_codec(spec: LatentSpec, device: torch.device, where: str) -> Autoencode
             f"{where}: trained on latents of {spec.factor} pixels a cell, autoencoder {codec.name} has {codec.factor}: "
             "data.image_size was not the size of the pictures that the latents were computed from"
         )
+    if spec.autoencoder_digest not in ("", codec.digest):
+        raise UserError(
+            f"{where}: trained on latents of the autoencoder {spec.autoencoder} (sha256 "
+            f"{spec.autoencoder_digest[:12]}), but {codec.name} holds other weights (sha256 {codec.digest[:12]}); give "
+            "those of training by --set autoencoder.name=FOLDER"
+        )
     return codec
 
 
-def load_pipeline(path: str | Path, device: torch.device) -> tuple[Pipeline, Config]:
-    """The averaged network of a checkpoint with its own autoencoder and statistics, and the config it was made by."""
+def load_pipeline(path: str | Path, device: torch.device, autoencoder: str | None = None) -> tuple[Pipeline, Config]:
+    """The averaged network of a checkpoint with its statistics and its autoencoder, and the config it was made by.
+
+    `autoencoder`: where that lies now, if not where it lay in training.
+    """
     checkpoint = load_checkpoint(path)
-    spec = checkpoint.latents
-    codec = load_codec(spec, device, str(path))
+    codec = load_codec(checkpoint.latents, device, str(path), autoencoder)
+    spec = replace(checkpoint.latents, autoencoder=codec.name, autoencoder_digest=codec.digest)
     model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
     bf16 = checkpoint.config.training.use_amp and has_bf16(device)
     return Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base), checkpoint.config

@@ -210,7 +210,7 @@ def save_at(checkpoint: Checkpoint, path, step: int) -> None:
 
 
 def test_epochs_are_ordered_by_number_and_other_files_are_passed_by(tmp_path):
-    others = ["stage1_epochX.pt", "stage1_epoch3.pt.bak", ".stage1_epoch8.tmp5.pt", "stage1_epoch4.png"]
+    others = ["stage1_epochX.pt", "stage1_epoch3.pt.bak", ".stage1_epoch8.isonext-tmp-5_0.pt", "stage1_epoch4.png"]
     for name in ["stage1_epoch10.pt", "stage1_epoch9.pt", "stage1_epoch100.pt", *others]:
         (tmp_path / name).touch()
     assert [path.name for path in epoch_checkpoints(tmp_path)] == [f"stage1_epoch{n}.pt" for n in (9, 10, 100)]

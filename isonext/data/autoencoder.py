@@ -2,7 +2,8 @@
 
 The VAEs are folders of diffusers or single files (`ldm_checkpoint.py`).
 
-Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), and
+Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), `digest` (what tells it from
+any other, wherever it lies), and
 
     encode: pixels (B, 3, H, W) in [-1, 1], sides divisible by factor -> latents (B, channels, H / factor, W / factor)
     decode: the way back, not clipped
@@ -10,11 +11,13 @@ Both are modules with the same face: `name`, `channels`, `factor` (pixels a late
 Latents here are the autoencoder's own, with its shift and scale applied; `store.py` standardises them.
 """
 
+import hashlib
 import itertools
+import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +39,7 @@ class Autoencoder(Protocol):
     name: str
     channels: int
     factor: int
+    digest: str
 
     def encode(self, pixels: Tensor) -> Tensor: ...
 
@@ -49,6 +53,16 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     return DiffusersAutoencoder(name, device)
 
 
+def weights_digest(weights: Mapping[str, Tensor], *settings: Any) -> str:
+    """SHA-256 of the weights' names, types, shapes and bytes, and of what else makes their latents."""
+    seal = hashlib.sha256(repr(settings).encode())
+    for name, weight in sorted(weights.items()):
+        seal.update(repr((name, str(weight.dtype), tuple(weight.shape))).encode())
+        plain: Any = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # mypy: a Buffer
+        seal.update(plain)
+    return seal.hexdigest()
+
+
 class DiffusersAutoencoder(nn.Module):
     """A pretrained VAE; encodes to the posterior mean. BF16 on CUDA, float32 elsewhere."""
 
@@ -57,12 +71,35 @@ class DiffusersAutoencoder(nn.Module):
     def __init__(self, name: str, device: torch.device) -> None:
         super().__init__()
         self.name, self.device = name, device
-        self.vae = _load_vae(name).to(device).eval().requires_grad_(False)
+        vae = _load_vae(name)
+        _check_config(name, vae.config)
+        self.scale = vae.config.scaling_factor
+        self.shift = vae.config.get("shift_factor") or 0.0
+        self.digest = weights_digest(vae.state_dict(), type(vae).__name__, self.scale, self.shift)
+        self.vae = vae.to(device).eval().requires_grad_(False)
         self.vae.to(memory_format=torch.channels_last)  # encodes 1.3 to 1.7 times as fast: benchmarks/preprocess.py
         self.channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.scale = self.vae.config.scaling_factor
-        self.shift = self.vae.config.get("shift_factor") or 0.0
+        self._probe()
+
+    def _probe(self) -> None:
+        """UserError where a small grey picture does not go through: what does so later has cost hours by then."""
+        side = 4 * self.factor
+        try:
+            latents = self.encode(torch.zeros(1, 3, side, side, device=self.device))
+            pixels = self.decode(latents)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"autoencoder {self.name}: a picture does not go through ({first_line(error)})") from None
+        shapes = tuple(latents.shape[1:]), tuple(pixels.shape[1:])
+        if shapes != ((self.channels, 4, 4), (3, side, side)):
+            raise UserError(
+                f"autoencoder {self.name}: makes latents of shape {shapes[0]} of {side} x {side} pixels, and a picture "
+                f"of shape {shapes[1]} of those: encoder and decoder do not fit; {WAYS_OUT}"
+            )
+        if not (latents.isfinite().all() and pixels.isfinite().all()):
+            raise UserError(f"autoencoder {self.name}: makes no finite numbers of a grey picture; {WAYS_OUT}")
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -95,12 +132,41 @@ def _load_vae(name: str) -> Any:
             raise ValueError(f"{len(loading['missing_keys'])} weights are missing, e.g. {loading['missing_keys'][0]}")
         return vae
     except Exception as error:  # diffusers lets many types out of a broken folder; the answer is the same
-        if Path(name).exists():
-            reason = first_line(error)
-            raise UserError(f"autoencoder {name}: this folder does not load ({reason}); {WAYS_OUT}") from None
-        raise UserError(
-            f"autoencoder {name}: no such local folder, not in the cache, and the hub was not reached; {WAYS_OUT}"
-        ) from None
+        reason = f"this folder does not load ({first_line(error)})" if Path(name).exists() else _hub_reason(error)
+        raise UserError(f"autoencoder {name}: {reason}; {WAYS_OUT}") from None
+
+
+def _hub_reason(error: BaseException) -> str:
+    """Why a name that is no local folder did not load: diffusers wraps the cause in a guess of its own."""
+    from huggingface_hub import errors
+
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for kind, reason in (
+        (errors.GatedRepoError, "is gated on the hub: accept its terms there, and log in by `hf auth login`"),
+        (errors.RepositoryNotFoundError, "no such local folder, and the hub has none, or it is private"),
+        (errors.HFValidationError, "no such local folder, and no name that the hub could have"),
+        (errors.LocalEntryNotFoundError, "no such local folder, not in the cache, and the hub was not reached"),
+    ):
+        if any(isinstance(part, kind) for part in chain):
+            return reason
+    return f"does not load from the hub or its cache ({first_line(chain[-1])})"
+
+
+def _check_config(name: str, config: Any) -> None:
+    """UserError where it is no autoencoder of RGB pictures, or says no scale."""
+    for key in ("in_channels", "out_channels"):
+        if config[key] != 3:
+            raise UserError(f"autoencoder {name}: {key} is {config[key]}, but pictures have 3 channels; {WAYS_OUT}")
+    scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+    for key, value in (("scaling_factor", scale), ("shift_factor", shift)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(
+                f"autoencoder {name}: {key} in its config.json is {json.dumps(value)}; write a number there"
+            )
+    if scale == 0:
+        raise UserError(f"autoencoder {name}: scaling_factor in its config.json is 0; write another number there")
 
 
 #################################################################################
@@ -181,6 +247,7 @@ class DctCodec(nn.Module):
         if not (1 <= self.factor <= 64 and 1 <= self.channels <= 3 * self.factor**2):
             raise UserError(f"autoencoder {name}: f must be 1 to 64 and c 1 to 3 f^2 = {3 * self.factor**2}")
         self.name = f"dct:f{self.factor}c{self.channels}"
+        self.digest = weights_digest({}, self.name)
         analysis, synthesis = _dct_kernels(self.factor, self.channels, self.COLOUR_ENERGY)
         self.register_buffer("analysis", analysis)
         self.register_buffer("synthesis", synthesis)

@@ -1,5 +1,6 @@
 """Folders of pictures to a latent store: what is there already, what is new, statistics and split."""
 
+import contextlib
 import math
 import os
 import sys
@@ -20,13 +21,14 @@ from isonext.data.autoencoder import Autoencoder, load_autoencoder
 from isonext.data.dataset import own_store
 from isonext.data.pt_store import PtStore
 from isonext.data.shard_store import ShardStore, refuse_external
+from isonext.data.shards import OURS
 from isonext.data.splits import group_pictures, split_off
 from isonext.data.store import LatentSpec, Row, StoreMeta, WritePlan, channel_statistics, fingerprint, read_meta
 from isonext.data.style_folders import find_styles, held_out_hint
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
-from isonext.utils.io import in_background
+from isonext.utils.io import folder_lock, in_background
 
 BATCH = 16  # pictures at once
 
@@ -66,19 +68,20 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
     codec = load_autoencoder(config.autoencoder.name, device)
     if distributed.is_main() and (hint := held_out_hint(raw_root, styles)):
         print(f"warning: {hint}", file=sys.stderr)
-    work = distributed.from_main(
-        _find_work(config.data, codec, list(styles), pictures) if distributed.is_main() else None
-    )
-    started = time.perf_counter()
-    shares = distributed.gather(encode(work, codec, config, device, quiet))
-    report = None
-    if distributed.is_main():
-        seconds = time.perf_counter() - started
-        report = _tally(work, {entry: reason for share in shares for entry, reason in share.items()}, pictures)
-        report.seconds = seconds
-        _check_styles(raw_root, report.meta.latents.styles, pictures, report.skipped)
-        _complete(work.store, {entry: groups[entry] for entry in pictures}, config.data.val_fraction)
-    return distributed.from_main(report)
+    with folder_lock(config.data.data_root) if distributed.is_main() else contextlib.nullcontext():
+        work = distributed.from_main(
+            _find_work(config.data, codec, list(styles), pictures) if distributed.is_main() else None
+        )
+        started = time.perf_counter()
+        shares = distributed.gather(encode(work, codec, config, device, quiet))
+        report = None
+        if distributed.is_main():
+            seconds = time.perf_counter() - started
+            report = _tally(work, {entry: reason for share in shares for entry, reason in share.items()}, pictures)
+            report.seconds = seconds
+            _check_styles(raw_root, report.meta.latents.styles, pictures, report.skipped)
+            _complete(work.store, {entry: groups[entry] for entry in pictures}, config.data.val_fraction)
+        return distributed.from_main(report)
 
 
 #################################################################################
@@ -90,8 +93,9 @@ def _find_work(data: DataConfig, codec: Autoencoder, styles: list[str], pictures
     """Take stock of the store, which is not complete from here on. `pictures` is entry -> picture."""
     root = Path(data.data_root)
     meta = _prepare_meta(root, data, codec, styles)
-    meta.write(root)
     store = own_store(root, meta)
+    meta.written = sorted(meta.own | set(store.may_write(pictures, BATCH)))
+    meta.write(root)
     removed, current = store.take_stock(pictures)
     todo = [(entry, picture) for entry, picture in pictures.items() if entry not in current]
     return Work(store, todo, store.plan(len(todo), BATCH), removed)
@@ -102,21 +106,39 @@ def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list
     size = data.image_size
     if size % codec.factor:
         raise UserError(f"--target_size {size}: must be a multiple of {codec.factor} for the autoencoder {codec.name}")
-    meta = StoreMeta(LatentSpec(codec.name, codec.channels, codec.factor, size, styles), data.flip, layout=data.format)
+    spec = LatentSpec(codec.name, codec.channels, codec.factor, size, styles, autoencoder_digest=codec.digest)
+    meta = StoreMeta(spec, data.flip, layout=data.format)
     old = read_meta(root)
     if old is None:
         refuse_external(root)
+        _refuse_foreign(root)
         return meta
+    if not spec.has_autoencoder_of(old.latents):
+        raise UserError(
+            f"{root}: the store has autoencoder {old.latents.autoencoder_beside(spec)}, not "
+            f"{spec.autoencoder_beside(old.latents)}; use another data.data_root or delete it"
+        )
     for key, was, now in (
-        ("autoencoder", old.latents.autoencoder, codec.name),
         ("size", old.latents.image_size, size),
         ("channels", old.latents.channels, codec.channels),
         ("format", old.layout, data.format),
     ):
         if was != now:
             raise UserError(f"{root}: the store has {key} {was}, not {now}; use another data.data_root or delete it")
-    meta.latents.styles = _continued_styles(root, old, data.raw_data_root, styles)
+    refuse_external(root, OURS)
+    spec.styles = _continued_styles(root, old, data.raw_data_root, styles)
+    meta.written = sorted(old.own)
+    spec.autoencoder_digest = old.latents.autoencoder_digest  # of what lies there; before 0.2.0 nobody asked
     return meta
+
+
+def _refuse_foreign(root: Path) -> None:
+    """UserError where a folder without a store holds files: they are somebody else's. Hidden ones may stay."""
+    found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    if found:
+        raise UserError(
+            f"{root}: is no latent store and not empty ({found[0]}); give data.data_root a new or an empty folder"
+        )
 
 
 def _continued_styles(root: Path, old: StoreMeta, raw_root: str, styles: list[str]) -> list[str]:
@@ -184,8 +206,10 @@ def encode(
     progress = tqdm(total=total, desc="encoding", unit="picture", disable=quiet)
     with progress as bar, in_background(work.plan.backlog) as submit:
         for items in loader:
-            rows += _encoded(items, todo, codec, config.data.flip, device)
-            results |= {todo[item][0]: source if picture is None else None for item, picture, source in items}
+            encoded, bad = _encoded(items, todo, codec, config.data.flip, device)
+            rows += encoded
+            results |= dict.fromkeys((row.entry for row in encoded), None)
+            results |= bad
             last = items[-1][0]
             if last == pieces[last // length][-1]:
                 for function, *arguments in work.store.writes(rows, work.plan, last // length):
@@ -197,18 +221,24 @@ def encode(
 
 def _encoded(
     items: list, todo: list[tuple[str, Path]], codec: Autoencoder, flip: bool, device: torch.device
-) -> list[Row]:
-    """A batch of `SquarePictures` less the bad ones."""
+) -> tuple[list[Row], dict[str, str]]:
+    """A batch of `SquarePictures`: the rows of the good ones, and entry -> what is wrong with a bad one."""
+    bad = {todo[item][0]: reason for item, picture, reason in items if picture is None}
     good = [item for item in items if item[1] is not None]
     if not good:
-        return []
+        return [], bad
     pixels = images.to_pixels(torch.stack([picture for _, picture, _ in good]).to(device))
     plain = codec.encode(pixels).cpu()
     flipped = codec.encode(pixels.flip(-1)).cpu() if flip else [None] * len(good)
-    return [
-        Row(todo[item][0], source, latent, mirror)
-        for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True)
-    ]
+    rows = []
+    for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True):
+        entry, path = todo[item]
+        row = Row(entry, source, latent, mirror)
+        if row.is_finite:
+            rows.append(row)
+        else:
+            bad[entry] = f"{path}: the autoencoder {codec.name} makes no finite numbers of it"
+    return rows, bad
 
 
 #################################################################################
@@ -241,10 +271,15 @@ def _check_styles(raw_root: Path, styles: list[str], entries: Iterable[str], ski
 def _complete(store: PtStore | ShardStore, groups: dict[str, str], val_fraction: float) -> None:
     """Split, statistics and counts: the store is complete. `groups`: every entry and its group."""
     meta, val = store.meta, split_off(groups, val_fraction)
+    meta.written = store.left()
     meta.split = {"train": sorted(groups.keys() - val), "val": sorted(val)}
     tally = {name: Counter(entry.partition("/")[0] for entry in names) for name, names in meta.split.items()}
     meta.counts = {style: {name: tally[name][style] for name in tally} for style in meta.latents.styles}
-    meta.latents.mean, meta.latents.std = channel_statistics(store.latents(meta.split["train"]))
+    spec = meta.latents
+    spec.mean, spec.std = channel_statistics(store.latents(meta.split["train"]))
+    if not spec.is_finite:  # pictures of this run were looked at; these are of an earlier version
+        entry = next(name for name in groups if not all(part.isfinite().all() for part in store.latents([name])))
+        raise UserError(f"{store.root}: the latent of {entry} is not finite; delete the store and preprocess anew")
     meta.complete = True
     meta.write(store.root)
 

@@ -5,7 +5,8 @@ data_root/packed-train-0123abcd.npy     a split that memory does not hold, packe
 """
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from isonext.data.store import Row, StoreMeta, WritePlan, fingerprint, is_unchanged
 from isonext.errors import UserError
 from isonext.utils import distributed
-from isonext.utils.io import load_data, remove_unfinished, written_whole
+from isonext.utils.io import folder_lock, load_data, remove_unfinished, written_whole
+
+PACKING_S = 3600.0  # what a run waits for another one that packs the same split
 
 
 def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: list[int]) -> None:
@@ -63,15 +66,14 @@ class PtStore:
 
         `pictures` is entry -> picture. Returns how many entries went, and those that are up to date.
         """
-        removed = 0
         stored = [path for style in self.meta.latents.styles for path in (self.root / style).rglob("*.pt")]
         for folder in {self.root, *(path.parent for path in stored)}:
             remove_unfinished(folder)
-        for path in stored:
-            if path.exists() and path.relative_to(self.root).as_posix() not in pictures:
-                path.unlink()
-                removed += 1
-        return removed, {entry for entry, picture in pictures.items() if self._is_current(entry, picture)}
+        gone = self.meta.own - pictures.keys()
+        entries = [path for path in stored if path.relative_to(self.root).as_posix() in gone]
+        for path in entries:
+            path.unlink()
+        return len(entries), {entry for entry, picture in pictures.items() if self._is_current(entry, picture)}
 
     def _is_current(self, entry: str, picture: Path) -> bool:
         path = self.root / entry
@@ -80,6 +82,9 @@ class PtStore:
         try:
             stored = read_latent(path)
         except UserError:  # damaged: encode it again
+            return False
+        copies = [part for part in (stored["latent"], stored.get("flipped")) if part is not None]
+        if not all(part.isfinite().all() for part in copies):  # an earlier version let those in
             return False
         return is_unchanged(picture, stored.get("source")) and ("flipped" in stored or not self.meta.flip)
 
@@ -91,6 +96,14 @@ class PtStore:
         """The calls, function first, that write a piece of the work."""
         for row in rows:
             yield write_latent, self.root / row.entry, row.latent, row.flipped, row.source
+
+    def may_write(self, entries: Collection[str], batch: int) -> list[str]:
+        """The files that a run on these entries may write, relative to the root."""
+        return list(entries)
+
+    def left(self) -> list[str]:
+        """The files of a complete store that its split does not name."""
+        return []
 
     def discard(self, entry: str) -> None:
         """Remove what is left of an entry whose picture cannot be read any more."""
@@ -124,14 +137,21 @@ class PtStore:
         path = self.root / f"packed-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
         with distributed.in_turn():
             if not path.exists():
-                for old in self.root.glob(f"packed-{split}-*.npy"):
-                    old.unlink()
-                remove_unfinished(self.root)
-                with written_whole(path) as beside:
-                    latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
-                    self._fill(latents, names)
-                    latents.flush()
+                with folder_lock(self.root, PACKING_S):
+                    if not path.exists():  # another run may have packed it meanwhile
+                        self._pack(path, split, names, shape)
         return np.load(path, mmap_mode="r")
+
+    def _pack(self, path: Path, split: str, names: list[str], shape: tuple[int, ...]) -> None:
+        """Write the packed split to `path`, in the place of an older one."""
+        for old in self.root.glob(f"packed-{split}-*.npy"):
+            if re.fullmatch(rf"packed-{split}-[0-9a-f]{{16}}\.npy", old.name):
+                old.unlink()
+        remove_unfinished(self.root)
+        with written_whole(path) as beside:
+            latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
+            self._fill(latents, names)
+            latents.flush()
 
     def _fill(self, latents: np.ndarray, names: list[str]) -> None:
         """Read the named entries into `latents` (copies, n, C, h, w)."""

@@ -8,7 +8,7 @@ A shard appears whole or not at all, and is written again only without the rows 
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,8 @@ class ShardStore:
         """Drop the rows whose picture has gone or changed, and what a killed run left unfinished.
 
         `pictures` is entry -> picture. Returns how many entries went, and those that are up to date. A shard that loses
-        rows is written anew without them; one that is left empty, or is damaged, is deleted.
+        rows is written anew without them; one that is left empty, or is damaged, is deleted. A damaged one that meta
+        does not name is a UserError.
         """
         remove_unfinished(self.root)
         removed = len(self._entries() - pictures.keys())
@@ -63,6 +64,11 @@ class ShardStore:
             try:
                 shard = read_shard(path)
             except UserError:  # damaged: its pictures are encoded again
+                if path.name not in self.meta.own:
+                    raise UserError(
+                        f"{path}: damaged, and meta.json does not say that it is this program's; delete it, and run "
+                        "preprocess_latents.py again"
+                    ) from None
                 path.unlink()
                 continue
             rows = [row for row in _rows_of(shard, self.meta.copies) if row.entry not in current]
@@ -88,6 +94,14 @@ class ShardStore:
         """The call, function first, that writes a piece of the work; none where all its pictures are bad."""
         if rows:
             yield write_shard, self.root / plan.shards[piece], rows, self.meta.latents.styles
+
+    def may_write(self, entries: Collection[str], batch: int) -> list[str]:
+        """The files that a run on these entries may write, relative to the root."""
+        return self.plan(len(entries), batch).shards
+
+    def left(self) -> list[str]:
+        """The files of a complete store that its split does not name."""
+        return [path.name for path in shard_paths(self.root, OURS)]
 
     def discard(self, entry: str) -> None:
         """Nothing is left of an entry whose picture cannot be read any more: `take_stock` dropped its row."""
@@ -136,10 +150,14 @@ class ExternalStore:
         return _chosen_rows(self, shards, [int(name.rpartition("/")[2]) for name in names])
 
 
-def refuse_external(root: Path) -> None:
+def refuse_external(root: Path, pattern: str = "*.safetensors") -> None:
     """UserError where the folder has another program's shards, which a store of ours would mix with."""
-    for path in shard_paths(root):
-        if not read_shard(path).pictures:
+    for path in shard_paths(root, pattern):
+        try:
+            external = not read_shard(path).pictures
+        except UserError:  # no shard: neither read nor written over
+            continue
+        if external:
             raise UserError(f"{path}: is another program's; use another data.data_root for the store")
 
 

@@ -36,6 +36,12 @@ class LatentSpec:
     styles: list[str]  # in id order
     mean: list[float] = field(default_factory=list)  # per channel, of the training split
     std: list[float] = field(default_factory=list)
+    autoencoder_digest: str = ""  # of its weights; "" where they were not known: other programs', and before 0.2.0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether latents can be standardised: all of the statistics are numbers."""
+        return all(map(math.isfinite, (*self.mean, *self.std)))
 
     @property
     def space(self) -> tuple[int, ...]:
@@ -56,6 +62,18 @@ class LatentSpec:
         ones = [1] * (like.ndim - 2)
         mean, std = (torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std))
         return mean, std
+
+    def has_autoencoder_of(self, other: "LatentSpec") -> bool:
+        """Whether both are of one autoencoder, wherever its files lay: by digest, or where one is unknown by path."""
+        if self.autoencoder_digest and other.autoencoder_digest:
+            return self.autoencoder_digest == other.autoencoder_digest
+        return Path(self.autoencoder).resolve() == Path(other.autoencoder).resolve()
+
+    def autoencoder_beside(self, other: "LatentSpec") -> str:
+        """For messages: its path, and what tells it from `other`'s where they have one path."""
+        if self.autoencoder != other.autoencoder:
+            return self.autoencoder
+        return f"{self.autoencoder} (sha256 {self.autoencoder_digest[:12]})"
 
     def style_id(self, style: str) -> int:
         """The id of a style given by name, or by id as text."""
@@ -78,6 +96,15 @@ class StoreMeta:
     complete: bool = False
     format: int = FORMAT
     layout: str = "pt"  # of the files: pt, safetensors, or foreign, for those of another program (external.py)
+    written: list[str] = field(
+        default_factory=list
+    )  # entries of the split apart, what runs may have written: see `own`
+
+    @property
+    def own(self) -> set[str]:
+        """Entries and shards that this program wrote, or may have written before it was stopped: no other file here is
+        ever deleted."""
+        return {*self.written, *self.split["train"], *self.split["val"]}
 
     @property
     def copies(self) -> int:
@@ -105,7 +132,10 @@ def read_meta(root: Path) -> StoreMeta | None:
             raise UserError(f"{path}: store format {tree['format']}, this program reads {FORMAT}; preprocess anew")
         return StoreMeta(LatentSpec(**tree.pop("latents")), **tree)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and run preprocess_latents.py again") from None
+        raise UserError(
+            f"{path}: damaged ({error}); use another data.data_root, or delete the folder and run "
+            "preprocess_latents.py again"
+        ) from None
 
 
 #################################################################################
@@ -121,6 +151,11 @@ class Row:
     source: list[int]  # the picture's fingerprint
     latent: Tensor  # (C, h, w)
     flipped: Tensor | None  # of the mirrored picture
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the autoencoder made numbers of the picture."""
+        return all(bool(part.isfinite().all()) for part in (self.latent, self.flipped) if part is not None)
 
 
 @dataclass

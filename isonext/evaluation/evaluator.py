@@ -5,7 +5,7 @@ An `Evaluator` is built once of the training and the test pictures; it then meas
 
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, permutations
@@ -48,7 +48,7 @@ LOSSLESS = 100.0  # dB: what equal pictures count for in a mean; JSON has no inf
 BATCH = 32
 CLASSIFIED = 2**28  # colour values of the training pictures that the classifier learns from: 1 GB
 
-Pictures = dict[str, dict[str, Tensor]]  # style -> file name without suffix -> pixels (3, S, S)
+Pictures = dict[str, dict[str, Tensor]]  # style -> name, see `load_styles` -> pixels (3, S, S)
 Figure = Tensor | Estimate | float | int  # a tensor (N,) holds a value a picture
 
 
@@ -138,8 +138,20 @@ def load_styles(
     limit: int | None = None,  # pictures a style
     names: dict[str, list[Path]] | None = None,  # those of each style; all there are if None
 ) -> Pictures:
-    """One folder a style; every style must be there, bad pictures are skipped."""
-    return {style: dict(_opened(root / style, size, limit, names[style] if names else None)) for style in styles}
+    """One folder a style; every style must be there, bad pictures are skipped.
+
+    A picture is called after its file, without suffix; where two of one style differ in that alone, with it.
+    """
+    found = {style: names[style] if names else images.find_pictures(root / style) for style in styles}
+    counts = [Counter(path.with_suffix("") for path in paths) for paths in found.values()]
+    shared = {stem for tally in counts for stem, count in tally.items() if count > 1}
+    pictures: Pictures = {}
+    for style, paths in found.items():
+        pictures[style] = {}
+        for path, pixels in _opened(root / style, size, limit, paths):
+            stem = path.with_suffix("")
+            pictures[style][(path if stem in shared else stem).as_posix()] = pixels
+    return pictures
 
 
 def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] | None = None) -> dict[str, Tensor]:
@@ -157,7 +169,8 @@ def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] |
     return latents
 
 
-def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None) -> Iterator[tuple[str, Tensor]]:
+def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None) -> Iterator[tuple[Path, Tensor]]:
+    """The pictures of a folder, all there are if `names` is None, each as its name in it and its pixels."""
     found = False
     for name in (images.find_pictures(folder) if names is None else names)[:limit]:
         try:
@@ -166,7 +179,7 @@ def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None
             print(f"skipped: {error}")
             continue
         found = True
-        yield name.with_suffix("").as_posix(), images.to_pixels(images.to_bytes(picture))
+        yield name, images.to_pixels(images.to_bytes(picture))
     if not found:
         raise UserError(f"{folder}: no pictures of style {folder.name}; --data needs a folder for each style")
 

@@ -1,12 +1,12 @@
 """A checkpoint, and others beside it, over held-out pictures and settings: loaded, measured, reported."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from isonext.config import Config, apply_overrides, config_from_dict, config_to_dict
+from isonext.config import Config, apply_overrides, config_from_dict, config_to_dict, named_autoencoder
 from isonext.data.dataset import open_store
 from isonext.errors import UserError
 from isonext.evaluation.evaluator import Evaluator, Pictures, encode_styles, load_styles
@@ -52,8 +52,8 @@ def load_runs(options: EvaluateOptions) -> list[Run]:
     device, combinations = pick_device(options.device), swept_combinations(options)
     runs: list[Run] = []
     for path in (options.checkpoint, *options.baselines):
-        pipeline, trained = load_pipeline(path, device)
-        if runs and pipeline.spec != runs[0].pipeline.spec:
+        pipeline, trained = load_pipeline(path, device, named_autoencoder(options.overrides))
+        if runs and replace(pipeline.spec, autoencoder=runs[0].pipeline.spec.autoencoder) != runs[0].pipeline.spec:
             raise UserError(f"--baseline {path}: is of other latents or styles than {options.checkpoint}")
         if trained.training.compile:
             pipeline.compile()

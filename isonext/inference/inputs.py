@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isonext.data import images
 from isonext.data.pt_store import read_latent
+from isonext.data.store import read_meta
 from isonext.errors import UserError
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed
@@ -128,8 +129,18 @@ def load_batches(
 def load_stored_latent(job: Job, pipeline: Pipeline) -> Batch:
     """A latent of the store as a batch of one."""
     latent = read_latent(job.source)["latent"]
+    _check_autoencoder(job.source, pipeline)
     if len(latent) != pipeline.spec.channels:
         raise UserError(f"{job.source}: has {len(latent)} channels, the checkpoint's latents {pipeline.spec.channels}")
     size = tuple(side * pipeline.spec.factor for side in latent.shape[1:])
     pipeline.check_size(job.source, size[::-1])
     return Batch([job], pipeline.spec.standardise(latent[None].to(pipeline.device)), size)
+
+
+def _check_autoencoder(path: Path, pipeline: Pipeline) -> None:
+    """UserError where the latent lies in a store of another autoencoder than the checkpoint's."""
+    root = next((folder for folder in path.resolve().parents if (folder / "meta.json").exists()), None)
+    meta = read_meta(root) if root else None
+    if meta and not meta.latents.has_autoencoder_of(pipeline.spec):
+        there, here = meta.latents.autoencoder_beside(pipeline.spec), pipeline.spec.autoencoder_beside(meta.latents)
+        raise UserError(f"{path}: the store {root} has autoencoder {there}, the checkpoint {here}")

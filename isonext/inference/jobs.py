@@ -90,7 +90,7 @@ def restyle_structure(options: RestyleOptions) -> int:
     job = Job(options.structure, picture_path(options.output))
     structure = load_structure(options.structure)
     plan = plan_restyle(options, structure)
-    refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint",))
+    refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint", "autoencoder"))
     pipeline, source, settings = plan.pipeline, plan.source, plan.settings
     state = move(structure.state, pipeline.device)
     started = time.perf_counter()

@@ -32,6 +32,7 @@ class NetworkOptions:
     compile: str = "auto"  # or on, off; auto: where there are pictures enough to pay for it
     tile: int = 1024  # pixels: a VAE takes larger pictures in tiles; 0: never
     batch_size: int = 8  # pictures at once
+    autoencoder: str | None = None  # where it lies now, if not where it lay in training
 
     def __post_init__(self) -> None:
         check_range("batch_size", self.batch_size, 1)

@@ -84,7 +84,7 @@ def plan_restyle(options: RestyleOptions, structure: Structure) -> Plan:
 
 def open_pipeline(options: NetworkOptions, structure: Structure | None = None) -> tuple[Pipeline, dict]:
     """The pipeline in the precision asked for (that of a kept structure, if there is one), and its config as a tree."""
-    pipeline, config = load_pipeline(options.checkpoint, pick_device(options.device))
+    pipeline, config = load_pipeline(options.checkpoint, pick_device(options.device), options.autoencoder)
     precision = structure.bits["precision"] if structure and options.precision == "auto" else options.precision
     if precision != "auto":
         pipeline.bf16 = precision == "bf16"

@@ -1,9 +1,13 @@
 """What sample.py does: which samples, in which batches, made, saved, and laid out on a sheet."""
 
+import contextlib
+import json
+import math
+import re
 import time
 import zipfile
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +23,15 @@ from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings
 from isonext.inference.options import SampleOptions
 from isonext.inference.plan import compile_where_it_pays, is_worth_compiling, open_pipeline, resolve_settings
+from isonext.inference.structure_file import fixed_bits
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
-from isonext.utils.io import in_background, remove_unfinished, written_whole
+from isonext.utils.io import folder_lock, in_background, remove_unfinished, written_whole
 from isonext.utils.seeding import seeded
 
 COLUMNS = 10  # of the sheet, at most
+SHEET, PACKED, RECORD = "grid.png", "samples.npz", "samples.json"
 
 
 @dataclass
@@ -39,8 +45,25 @@ def sample_pictures(options: SampleOptions) -> int:
     """Everything that can be wrong with the options is found before the first picture; returns the exit status."""
     pipeline, trained = open_pipeline(options.network)
     settings = sampling_settings(options, trained, pipeline.spec, pipeline.base)
-    samples, size = plan_samples(options, pipeline.spec), options.network.batch_size
+    samples = plan_samples(options, pipeline.spec)
     compile_where_it_pays(pipeline, options.network.compile, is_worth_compiling(trained, len(samples)))
+    with folder_lock(options.output) if distributed.is_main() else contextlib.nullcontext():
+        if distributed.is_main():
+            remember(options, record_of(options, pipeline, settings), samples, pipeline.spec.styles)
+        done, seconds = make_pictures(options, pipeline, settings, samples)
+    guidance = "no guidance" if settings.cfg_scale == 1 else f"guidance {settings.cfg_scale:g}"
+    rate = f"{done / seconds:.2f} pictures/s on {pipeline.device}" if done else "nothing to do"
+    there = f", {len(samples) - done} were there already" if done < len(samples) else ""
+    print(f"{settings.method}, {settings.num_steps} steps, {guidance}")
+    print(f"{done} made, {rate}{there}\nwritten to {options.output}")
+    return 0
+
+
+def make_pictures(
+    options: SampleOptions, pipeline: Pipeline, settings: TransferSettings, samples: list[Sample]
+) -> tuple[int, float]:
+    """What is missing of the samples, and what all of them together make; how many pictures in how many seconds."""
+    size = options.network.batch_size
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     # What is left to do is seen before anybody does it; a batch is made whole, since its bits may depend on its size.
     todo = distributed.from_main(
@@ -53,16 +76,11 @@ def sample_pictures(options: SampleOptions) -> int:
     seconds = time.perf_counter() - started
     if distributed.is_main():
         remove_unfinished(options.output)
-        images.save_picture(draw_sheet(samples, pipeline.spec), options.output / "grid.png")
+        images.save_picture(draw_sheet(samples, pipeline.spec), options.output / SHEET)
         if options.npz:
-            write_npz(samples, pipeline.spec.image_size, options.output / "samples.npz")
+            write_npz(samples, pipeline.spec.image_size, options.output / PACKED)
     distributed.gather(None)  # nobody leaves before the sheet is written
-    guidance = "no guidance" if settings.cfg_scale == 1 else f"guidance {settings.cfg_scale:g}"
-    rate = f"{done / seconds:.2f} pictures/s on {pipeline.device}" if done else "nothing to do"
-    there = f", {len(samples) - done} were there already" if done < len(samples) else ""
-    print(f"{settings.method}, {settings.num_steps} steps, {guidance}")
-    print(f"{done} made, {rate}{there}\nwritten to {options.output}")
-    return 0
+    return done, seconds
 
 
 def sampling_settings(options: SampleOptions, trained: dict, spec: LatentSpec, base: Base) -> TransferSettings:
@@ -135,6 +153,63 @@ def draw_noise(pipeline: Pipeline, seed: int, numbers: list[int]) -> tuple[Tenso
 
 
 #################################################################################
+#                            What made a folder's pictures                      #
+#################################################################################
+
+
+def record_of(options: SampleOptions, pipeline: Pipeline, settings: TransferSettings) -> dict:
+    """All that decides what a sample of a name shows, as JSON has it; the size of a batch, which rounds, does not."""
+    bits = fixed_bits(pipeline)
+    record = asdict(settings) | {name: bits[name] for name in ("checkpoint", "autoencoder", "precision")}
+    record |= {"seed": options.seed, "styles": list(options.styles) if options.num_samples else None}
+    return json.loads(json.dumps(record))
+
+
+def remember(options: SampleOptions, record: dict, samples: list[Sample], styles: list[str]) -> None:
+    """Write down what makes the folder's pictures; a UserError where there are some that something else has made.
+
+    Those that --overwrite is to replace go first: a run that is killed must not leave two kinds of them.
+    """
+    path, before = options.output / RECORD, _read_record(options.output / RECORD)
+    other = before and next((name for name in record if name in before and before[name] != record[name]), None)
+    if before is None or other:
+        names = "|".join(map(re.escape, ("sample", *styles)))
+        found = [
+            picture for picture in options.output.glob("*.png") if re.fullmatch(rf"({names})_\d+\.png", picture.name)
+        ]
+        found += [options.output / name for name in (SHEET, PACKED) if (options.output / name).exists()]
+        replaced = {*(sample.path for sample in samples), options.output / SHEET, options.output / PACKED}
+        left = [picture for picture in found if not options.overwrite or picture not in replaced]
+        if left:
+            why = "and no record of what made it"
+            if before and other:
+                why = f"made with {other} {_short(before[other])}, not {_short(record[other])}"
+            way_out = "give another folder" if options.overwrite else "give another folder, or --overwrite"
+            raise UserError(f"--output {options.output}: holds {min(left).name}, {why}; {way_out}")
+        for picture in found:
+            picture.unlink()
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _read_record(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: damaged: it should say what made the pictures here; give another --output")
+    return record
+
+
+def _short(value: object) -> str:
+    """For a message: a digest by its first figures."""
+    return value[:12] if isinstance(value, str) else json.dumps(value)
+
+
+#################################################################################
 #                               All of them together                            #
 #################################################################################
 
@@ -151,10 +226,31 @@ def draw_sheet(samples: list[Sample], spec: LatentSpec) -> Image.Image:
 def write_npz(samples: list[Sample], side: int, path: Path) -> None:
     """The layout that FID tools read, a picture at a time: tens of thousands need not fit the memory."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(samples), side, side, 3)}
-    with written_whole(path) as beside, zipfile.ZipFile(beside, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for sample in samples:
-                file.write(np.asarray(images.open_picture(sample.path)).tobytes())
-        with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, np.array([sample.style for sample in samples]))
+    with written_whole(path) as beside:
+        with zipfile.ZipFile(beside, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for sample in samples:
+                    file.write(_pixels(sample.path, side).tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.array([sample.style for sample in samples]))
+        check_npz(beside, (len(samples), side, side, 3))
+
+
+def _pixels(path: Path, side: int) -> np.ndarray:
+    """A picture (side, side, 3) uint8; a UserError where it is of another size."""
+    picture = images.open_picture(path)
+    if picture.size != (side, side):
+        width, height = picture.size
+        raise UserError(f"{path}: is {width} x {height} pixels, but samples have {side} x {side}; delete it")
+    return np.asarray(picture)
+
+
+def check_npz(path: Path, shape: tuple[int, ...]) -> None:
+    """UserError where a packed file does not hold as many bytes of pictures as its header says."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        found, _, kind = np.lib.format.read_array_header_1_0(file)
+        size = archive.getinfo("arr_0.npy").file_size - file.tell()
+    if found != shape or size != math.prod(shape) * kind.itemsize:
+        raise UserError(f"{path.parent}: the pictures could not be packed whole; run it again")

@@ -31,6 +31,7 @@ from model import ARITHMETIC
 FORMAT = 2
 REMEDIES = {
     "checkpoint": "give the checkpoint it was made with",
+    "autoencoder": "give the one it was made with by --set autoencoder.name=FOLDER",
     "precision": "leave --precision out",
     "compiled": "leave --compile out",
     "device": "use the same, with as many threads (OMP_NUM_THREADS)",
@@ -62,6 +63,7 @@ def fixed_bits(pipeline: Pipeline) -> dict[str, str | bool | int]:
     assert pipeline.path is not None  # it came from a file
     return {
         "checkpoint": _file_sha256(pipeline.path),
+        "autoencoder": pipeline.codec.digest,
         "precision": "bf16" if pipeline.bf16 else "fp32",
         "compiled": pipeline.compiled,
         "tf32": torch.backends.cuda.matmul.allow_tf32,

@@ -47,8 +47,12 @@ def check_resume(checkpoint: Checkpoint, path: Path, config: Config, spec: Laten
 
     `store` is the digest of the training pictures, see `LatentSplit.digest`.
     """
-    for name in ("autoencoder", "image_size", "styles"):
-        was, now = getattr(checkpoint.latents, name), getattr(spec, name)
+    known = checkpoint.latents
+    if not spec.has_autoencoder_of(known):
+        there, here = known.autoencoder_beside(spec), spec.autoencoder_beside(known)
+        raise UserError(f"{path}: was trained on latents of autoencoder {there}, the store has {here}")
+    for name in ("image_size", "styles"):
+        was, now = getattr(known, name), getattr(spec, name)
         if was != now:
             raise UserError(f"{path}: was trained on latents of {name} {was}, the store has {now}")
     if checkpoint.store not in ("", store):
@@ -74,10 +78,11 @@ def in_units_of(spec: LatentSpec, other: Checkpoint | None, path: str | Path | N
     """The store's spec with the statistics of another run, in whose units its network counts."""
     if other is None:
         return spec
-    for name in ("autoencoder", "channels"):
-        theirs, own = getattr(other.latents, name), getattr(spec, name)
-        if theirs != own:
-            raise UserError(f"{path}: is of latents of {name} {theirs}, the store has {own}")
+    if not spec.has_autoencoder_of(other.latents):
+        theirs, own = other.latents.autoencoder_beside(spec), spec.autoencoder_beside(other.latents)
+        raise UserError(f"{path}: is of latents of autoencoder {theirs}, the store has {own}")
+    if other.latents.channels != spec.channels:
+        raise UserError(f"{path}: is of latents of channels {other.latents.channels}, the store has {spec.channels}")
     return replace(spec, mean=other.latents.mean, std=other.latents.std)
 
 

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -39,8 +40,11 @@ from model import VelocityNetwork, count_parameters
 class Trainer:
     """One training run: its data, its state, what computes its gradients and validates it, and where it is written."""
 
-    def __init__(self, config: Config, resume: str | None = None, init: str | None = None) -> None:
-        """`resume`: None for a new run, "newest", or a checkpoint's path; `init`: that of one whose weights to take."""
+    def __init__(
+        self, config: Config, resume: str | None = None, init: str | None = None, autoencoder: str | None = None
+    ) -> None:
+        """`resume`: None for a new run, "newest", or a checkpoint's path; `init`: that of one whose weights to take;
+        `autoencoder`: where the store's lies now, if not where the store says."""
         self.config, training = config, config.training
         self.folder = Path(config.checkpoint.save_dir)
         self.accelerator = join_processes()
@@ -65,6 +69,8 @@ class Trainer:
         model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks memory_format
         self.state = TrainState.start(model, training)
         self._resume(resume)
+        if autoencoder:  # checked now, not at the first validation; checkpoints will name this place
+            self.spec.autoencoder = load_codec(self.spec, self.device, str(root), autoencoder).name
         if other and init:
             self.accelerator.print(take_over((model, self.state.ema.model), other, init, self.spec))
             self.state.ema.head_start = other.ema_head_start + other.step
@@ -112,7 +118,8 @@ class Trainer:
         for line in check_resume(checkpoint, path, self.config, self.spec, self.train.digest):
             self.accelerator.print(line)
         # The statistics stay those of the start: the network's units must not move under it.
-        self.spec = self.train.spec = self.val.spec = checkpoint.latents
+        known = checkpoint.latents
+        self.spec = self.train.spec = self.val.spec = replace(self.spec, mean=known.mean, std=known.std)
         self.base = checkpoint.base
         self.state.load_tree(vars(checkpoint), path)
         self.accelerator.print(f"resumed from {path} at step {self.state.step}")
@@ -266,12 +273,18 @@ def peak_memory_gb(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def train(config: Config, resume: str | None = None, init: str | None = None, quiet: bool | None = None) -> Trainer:
-    """Run (or go on with) the training that `config` describes; Ctrl-C and SIGTERM save first."""
+def train(
+    config: Config,
+    resume: str | None = None,
+    init: str | None = None,
+    autoencoder: str | None = None,
+    quiet: bool | None = None,
+) -> Trainer:
+    """Run (or go on with) the training that `config` describes, see `Trainer`; Ctrl-C and SIGTERM save first."""
     # DDP warns of the memory layout of depthwise weights (stride of a dimension of 1), which costs it nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     with stop_signals() as stop, distributed.peers_needed():
-        trainer = Trainer(config, resume, init)
+        trainer = Trainer(config, resume, init, autoencoder)
         trainer.accelerator.print(trainer.describe())
         trainer.fit(stop, quiet)
     return trainer

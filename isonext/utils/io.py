@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from isonext.errors import UserError, first_line
 
 THREADS = 4  # that read and write pictures
+LOCK = ".isonext.lock"
+MARK = ".isonext-tmp-"  # in the name of every file under way, and in no name that a user or another program gives
 _COUNT = itertools.count()
 
 
@@ -24,13 +27,13 @@ _COUNT = itertools.count()
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yields a path beside the target to write to; only when the block succeeds does it take the target's name.
 
-    It is hidden and keeps the suffix (`.name.tmp123.png`), so that writers which look at the suffix work and no reader
-    of the folder takes an unfinished file for a finished one.
+    It is hidden and keeps the suffix (`.name.isonext-tmp-123_0.png`), so that writers which look at the suffix work and
+    no reader of the folder takes an unfinished file for a finished one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = f"{os.getpid()}_{next(_COUNT)}"  # names that begin alike may be written at once
-    beside = path.with_name(f".{path.stem[:64]}.tmp{writer}{path.suffix}")  # names may be 255 bytes long
+    beside = path.with_name(f".{path.stem[:32]}{MARK}{writer}{path.suffix}")  # names may be 255 bytes long
     try:
         yield beside
         with open(beside, "rb+") as file:
@@ -41,9 +44,42 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed `written_whole` left in `folder`."""
-    for leftover in folder.glob(".*.tmp*"):
-        leftover.unlink(missing_ok=True)
+    """Delete what a killed `written_whole` left in `folder`, known by its mark; what others left there stays."""
+    for leftover in folder.glob(f".*{MARK}*"):
+        if re.fullmatch(rf"\..*{re.escape(MARK)}\d+_\d+(\.[^.]*)?", leftover.name, re.DOTALL):
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path, timeout_s: float = 0) -> Iterator[None]:
+    """Within, `folder` is this process's alone to write to; a UserError where it is another one's for `timeout_s` more.
+
+    The system lets go of the lock when a process ends, however it does. A folder that was made for the lock alone goes
+    with it.
+    """
+    folder = Path(folder)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout_s)
+        while not path.exists():  # the one before deleted it just after it was opened here: it locks nobody else out
+            lock.release()
+            lock.acquire(timeout=timeout_s)
+    except Timeout:
+        raise UserError(
+            f"{folder}: is in use by another run of this program; wait for its end, or give another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes it by itself, on release
+            path.unlink()
+        lock.release()
+        if new:
+            with contextlib.suppress(OSError):  # something was written to it
+                folder.rmdir()
 
 
 def load_data(path: str | Path, what: str, foreign: bool = False) -> Any:

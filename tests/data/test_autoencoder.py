@@ -1,19 +1,23 @@
 """The codecs: the block DCT against scipy, and the diffusers VAEs against diffusers itself."""
 
+import errno
 import json
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.fft
 import torch
 import torch.nn.functional as F
+from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from helpers import ROOT
-from isonext.data.autoencoder import load_autoencoder, tiled
+from isonext.data.autoencoder import load_autoencoder, tiled, weights_digest
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.evaluation.metrics import psnr
@@ -218,6 +222,41 @@ def test_decoding_takes_scale_and_shift_off_again(folders, kind, channels, shift
     assert expected.std() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_the_digest_is_of_the_weights_and_the_scale_wherever_they_lie(folders, tmp_path, kind):
+    digest = load_autoencoder(str(folders / kind), CPU).digest
+    moved = copy_of(folders / kind, tmp_path / "moved")
+    assert load_autoencoder(str(moved), CPU).digest == digest
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "scaling_factor": 2.0, "_diffusers_version": "9.9"}))
+    scaled = load_autoencoder(str(moved), CPU).digest
+    (moved / "config.json").write_text(json.dumps(config))
+    weights = load_file(moved / "diffusion_pytorch_model.safetensors")
+    name = max(weights, key=lambda key: weights[key].numel())
+    weights[name].view(-1)[0] += 1e-3
+    save_file(weights, moved / "diffusion_pytorch_model.safetensors")
+    changed = load_autoencoder(str(moved), CPU).digest
+    assert len({digest, scaled, changed}) == 3 and len(digest) == 64
+
+
+def test_the_digest_of_a_dct_is_that_of_its_sizes():
+    assert load_autoencoder("dct", CPU).digest == load_autoencoder("dct:f4c12", CPU).digest
+    assert load_autoencoder("dct", CPU).digest != load_autoencoder("dct:f4c13", CPU).digest
+
+
+def test_the_digest_takes_in_names_types_shapes_and_bytes():
+    x = torch.arange(6.0)
+    same = {"a": x, "b": x[:0]}
+    others = [
+        {"c": x, "b": x[:0]},
+        {"a": x.view(2, 3), "b": x[:0]},
+        {"a": x + 1, "b": x[:0]},
+        {"a": x.half(), "b": x[:0]},
+    ]
+    assert weights_digest(same) == weights_digest({"b": x[:0], "a": x.view(2, 3).T.contiguous().T.reshape(6)})
+    assert len({weights_digest(weights) for weights in (same, *others)} | {weights_digest(same, 2.0)}) == 6
+
+
 def empty(folder):
     for file in folder.iterdir():
         file.unlink()
@@ -280,6 +319,99 @@ def test_another_class_of_autoencoder_is_named_with_those_that_load(folders, tmp
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderDC"}))
     with pytest.raises(UserError, match="its class is AutoencoderDC, not one of AutoencoderKL, AutoencoderTiny"):
+        load_autoencoder(str(folder), CPU)
+
+
+def hub_error(kind, message="an error of the hub"):
+    """As huggingface_hub raises it."""
+    return kind(message, response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (lambda: hub_error(errors.GatedRepoError), "is gated on the hub: accept its terms there, and log in"),
+        (
+            lambda: hub_error(errors.RepositoryNotFoundError),
+            "no such local folder, and the hub has none, or",
+        ),
+        (lambda: OSError(errno.ENOSPC, "No space left on device"), "does not load .*No space left on device"),
+        (lambda: errors.LocalEntryNotFoundError("offline"), "no such local folder, not in the cache, and the hub"),
+        (lambda: RuntimeError("Data processing error: os error 28"), "does not load .*os error 28"),
+    ],
+)
+def test_what_the_hub_really_said_is_told(monkeypatch, cause, reason):
+    import diffusers
+
+    def download(*_, **__):
+        raise cause()
+
+    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", download)
+    with pytest.raises(UserError, match=rf"^autoencoder some/vae: {reason}.*built-in codec: dct$") as caught:
+        load_autoencoder("some/vae", CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cached_repository_of_another_class_is_named(folders, monkeypatch):
+    import diffusers
+
+    monkeypatch.setattr(
+        diffusers.configuration_utils, "hf_hub_download", lambda *_, **__: str(folders / "AutoencoderDC.json")
+    )
+    (folders / "AutoencoderDC.json").write_text(json.dumps({"_class_name": "AutoencoderDC"}))
+    with pytest.raises(UserError, match=r"some/vae: does not load .*its class is AutoencoderDC, not one of"):
+        load_autoencoder("some/vae", CPU)
+
+
+TINY = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("in_channels", 1, "in_channels is 1, but pictures have 3 channels"),
+        ("in_channels", 4, "in_channels is 4, but pictures have 3 channels"),
+        ("out_channels", 4, "out_channels is 4, but pictures have 3 channels"),
+        ("scaling_factor", None, r"scaling_factor in its config\.json is null; write a number"),
+        ("scaling_factor", "0.18", r"scaling_factor in its config\.json is \"0\.18\"; write a number"),
+        ("scaling_factor", 0, r"scaling_factor in its config\.json is 0; write another number"),
+    ],
+)
+def test_what_is_no_autoencoder_of_rgb_or_has_no_scale_is_named(tmp_path, kind, key, value, message):
+    import diffusers
+
+    sizes = {"AutoencoderKL": {"block_out_channels": (8,), "norm_num_groups": 4}, "AutoencoderTiny": TINY}[kind]
+    folder = tmp_path / "odd"
+    channels = {key: value} if key.endswith("channels") else {}
+    getattr(diffusers, kind)(**sizes, **channels).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UserError, match=rf"^autoencoder {folder}: {message}"):
+        load_autoencoder(str(folder), CPU)
+
+
+@pytest.mark.parametrize("deeper", ["encoder", "decoder"])
+def test_a_tiny_autoencoder_whose_halves_do_not_fit_is_refused_at_once(tmp_path, deeper):
+    import diffusers
+
+    changes = {f"{deeper}_block_out_channels": (8, 8, 8), f"num_{deeper}_blocks": (1, 1, 1)}
+    diffusers.AutoencoderTiny(**TINY | changes).save_pretrained(tmp_path / "odd")
+    with pytest.raises(UserError, match=r"odd: makes latents of shape .*: encoder and decoder do not fit"):
+        load_autoencoder(str(tmp_path / "odd"), CPU)
+
+
+def test_an_autoencoder_whose_weights_are_no_numbers_is_refused_at_once(folders, tmp_path):
+    folder = copy_of(folders / "AutoencoderTiny", tmp_path / "broken")
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    weights["encoder.layers.0.bias"][0] = torch.nan
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="broken: makes no finite numbers of a grey picture"):
         load_autoencoder(str(folder), CPU)
 
 

@@ -10,11 +10,13 @@ from PIL import Image
 
 from helpers import ROOT, call
 from isonext.config import config_to_dict
-from isonext.data.autoencoder import load_autoencoder
-from isonext.data.dataset import open_store
+from isonext.data import preprocess as preprocessing
+from isonext.data.autoencoder import DctCodec, load_autoencoder
+from isonext.data.dataset import load_split, open_store
 from isonext.data.preprocess import preprocess
 from isonext.data.store import read_meta
 from isonext.errors import UserError
+from isonext.utils.io import folder_lock
 from preprocess_latents import build_parser, main
 
 RNG = np.random.default_rng(1)
@@ -207,7 +209,7 @@ def test_after_kills_in_the_middle_a_rerun_equals_an_uninterrupted_run(store, ma
     assert len(left) == 20, "the last kill came before meta.json alone"
     report = preprocess(config, cpu, quiet=True)
     assert (report.encoded, report.kept) == (0, 20)
-    for leftover in (store / "killed").glob(".meta.tmp*"):
+    for leftover in (store / "killed").glob(".meta.isonext-tmp-*"):
         leftover.unlink()
     assert_same_store(store / "killed", store / "latents")
 
@@ -341,7 +343,180 @@ def test_hidden_folders_are_no_styles(store, make_config, cpu):
 
 
 def test_an_unfinished_file_of_a_killed_run_is_cleared_away(store, make_config, cpu):
-    leftover = store / "latents" / "ink" / f".1.png.tmp{os.getpid() + 1}.pt"
+    leftover = store / "latents" / "ink" / f".1.png.isonext-tmp-{os.getpid() + 1}_0.pt"
     leftover.write_bytes(b"half")
     preprocess(make_config(store), cpu, quiet=True)
     assert not leftover.exists()
+
+
+#################################################################################
+#                            What is not this program's                         #
+#################################################################################
+
+THEIRS = (".todo.tmpl", ".notes.tmp3.txt", ".a.isonext-tmp-.png", "packed-train-mine.npy", "ink/weights/mynet.pt")
+
+
+def put(root: Path, *names: str) -> dict[str, bytes]:
+    """Files of a user's at `root`, and what they hold."""
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(f"content {number}".encode())
+    return {name: (root / name).read_bytes() for name in names}
+
+
+def held(root: Path, names: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: (root / name).read_bytes() for name in names if (root / name).exists()}
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+@pytest.mark.parametrize("where", ["raw", "other"])
+def test_a_folder_that_is_not_empty_and_no_store_is_refused_and_keeps_its_files(store, make_config, cpu, where, form):
+    put(store / where, ".todo.tmpl", "ink/weights/mynet.pt")
+    before = snapshot(store / where)
+    config = make_config(store, {"data.data_root": str(store / where), "data.format": form})
+    with pytest.raises(UserError, match=rf"{where}: is no latent store and not empty \(ink\); give data\.data_root"):
+        preprocess(config, cpu, quiet=True)
+    assert snapshot(store / where) == before
+
+
+def test_hidden_files_alone_may_stay_in_the_folder_of_a_new_store(store, make_config, cpu):
+    theirs = put(store / "new", ".gitkeep", ".notes.tmp3.txt")
+    assert preprocess(make_config(store, {"data.data_root": str(store / "new")}), cpu, quiet=True).encoded == 20
+    assert held(store / "new", theirs) == theirs
+
+
+def test_files_of_others_in_a_store_survive_all_that_it_does(store, draw, make_config, cpu):
+    root, theirs = store / "latents", put(store / "latents", *THEIRS)
+    (store / "raw" / "ink" / "3.png").unlink()
+    (store / "raw" / "ink" / "5.png").write_text("no picture")
+    draw(store / "raw" / "oil" / "4.png", seed=777)
+    report = preprocess(make_config(store), cpu, quiet=True)
+    assert (report.encoded, report.kept, report.removed, len(report.skipped)) == (1, 17, 1, 1)
+    load_split(root, open_store(root), "train", memory_limit=0)
+    assert held(root, theirs) == theirs
+    assert not (root / "ink" / "3.png.pt").exists() and not (root / "ink" / "5.png.pt").exists()
+
+
+def test_what_a_stopped_run_wrote_goes_with_its_picture(store, make_config, cpu, monkeypatch):
+    config = make_config(store, {"data.data_root": str(store / "stopped")})
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "_complete", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            preprocess(config, cpu, quiet=True)
+    (store / "raw" / "ink" / "3.png").unlink()
+    report = preprocess(config, cpu, quiet=True)
+    assert (report.encoded, report.kept, report.removed) == (0, 19, 1)
+    assert not (store / "stopped" / "ink" / "3.png.pt").exists()
+    assert read_meta(store / "stopped").written == []
+
+
+def test_a_second_run_in_one_store_is_one_line_and_changes_nothing(store, make_config, cpu):
+    before = snapshot(store / "latents")
+    with (
+        folder_lock(store / "latents"),
+        pytest.raises(UserError, match=r"latents: is in use by another run of this program; wait"),
+    ):
+        preprocess(make_config(store), cpu, quiet=True)
+    assert snapshot(store / "latents") == before
+    assert preprocess(make_config(store), cpu, quiet=True).kept == 20
+
+
+#################################################################################
+#                     The autoencoder is told by its weights                    #
+#################################################################################
+
+
+def edit_spec(root: Path, **changes) -> None:
+    """Change entries of meta.json's latents; None takes one out."""
+    tree = json.loads((root / "meta.json").read_text())
+    spec = tree["latents"] | changes
+    tree["latents"] = {name: value for name, value in spec.items() if value is not None}
+    (root / "meta.json").write_text(json.dumps(tree, indent=1))
+
+
+def test_replaced_weights_are_refused_and_the_store_is_untouched(store, make_config, cpu):
+    edit_spec(store / "latents", autoencoder_digest="0" * 64)
+    before = snapshot(store / "latents")
+    with pytest.raises(
+        UserError, match=r"latents: the store has autoencoder dct:f4c12 \(sha256 0{12}\), not dct:f4c12"
+    ):
+        preprocess(make_config(store), cpu, quiet=True)
+    assert snapshot(store / "latents") == before
+
+
+def test_an_autoencoder_that_moved_is_the_same_and_the_store_says_where_it_is_now(store, make_config, cpu):
+    edit_spec(store / "latents", autoencoder=str(store / "gone"))
+    assert preprocess(make_config(store), cpu, quiet=True).kept == 20
+    assert read_meta(store / "latents").latents.autoencoder == "dct:f4c12"
+
+
+def test_a_store_without_a_digest_goes_by_the_path_and_stays_without(store, make_config, cpu):
+    edit_spec(store / "latents", autoencoder_digest=None)
+    assert preprocess(make_config(store), cpu, quiet=True).kept == 20
+    assert read_meta(store / "latents").latents.autoencoder_digest == ""
+    edit_spec(store / "latents", autoencoder="dct:f4c11")
+    with pytest.raises(UserError, match=r"has autoencoder dct:f4c11, not dct:f4c12"):
+        preprocess(make_config(store), cpu, quiet=True)
+
+
+#################################################################################
+#                          Latents that are no numbers                          #
+#################################################################################
+
+
+class Overflowing(DctCodec):
+    """Of a picture whose corner is bright it makes an infinity: in the mirrored latent alone, if that is a left one."""
+
+    def encode(self, pixels):
+        latents = super().encode(pixels)
+        latents[:, 3, 0, -1] += torch.where(pixels[:, :, 0, -1].amin(1) > 0.99, torch.inf, 0.0)
+        return latents
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    monkeypatch.setattr(preprocessing, "load_autoencoder", lambda name, device: Overflowing(name))
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+@pytest.mark.parametrize("corner", [(0, 15), (0, 0)], ids=["plain", "mirrored"])
+def test_a_picture_that_the_autoencoder_makes_no_numbers_of_is_named_and_skipped(
+    store, make_config, cpu, overflowing, form, corner
+):
+    path = store / "raw" / "ink" / "3.png"
+    pixels = np.asarray(Image.open(path)).copy()
+    pixels[corner] = 255
+    Image.fromarray(pixels).save(path)
+    config = make_config(store, {"data.data_root": str(store / "new"), "data.format": form})
+    report = preprocess(config, cpu, quiet=True)
+    assert report.skipped == [f"{path}: the autoencoder dct:f4c12 makes no finite numbers of it"]
+    assert report.encoded == 19
+    meta = open_store(store / "new")
+    assert np.isfinite([meta.latents.mean, meta.latents.std]).all()
+    assert "ink/3.png.pt" not in meta.split["train"] + meta.split["val"]
+
+
+def test_an_autoencoder_that_makes_no_numbers_at_all_is_named(store, make_config, cpu, monkeypatch):
+    monkeypatch.setattr(DctCodec, "encode", lambda self, pixels: torch.full((len(pixels), 12, 4, 4), torch.nan))
+    with pytest.raises(UserError, match=r"ink: no picture .*0\.png: the autoencoder dct:f4c12 makes no finite numbers"):
+        preprocess(make_config(store, {"data.data_root": str(store / "new")}), cpu, quiet=True)
+    assert not read_meta(store / "new").complete
+
+
+def test_latents_of_before_that_are_no_numbers_are_encoded_again(store, make_config, cpu):
+    path = store / "latents" / "oil" / "7.png.pt"
+    entry = torch.load(path, weights_only=True)
+    whole = entry["latent"].clone()
+    entry["latent"][0, 0, 0] = torch.nan
+    torch.save(entry, path)
+    report = preprocess(make_config(store), cpu, quiet=True)
+    assert (report.encoded, report.kept) == (1, 19)
+    assert torch.equal(torch.load(path, weights_only=True)["latent"], whole)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_store_whose_statistics_are_no_numbers_is_refused(store, name, value):
+    edit_spec(store / "latents", **{name: [1.0] * 11 + [value]})
+    with pytest.raises(UserError, match="latents: its mean and deviation are not finite numbers"):
+        open_store(store / "latents")

@@ -202,6 +202,31 @@ def test_a_damaged_shard_is_encoded_again(root, config, cpu, damage):
     assert snapshot(root)[FIRST] == before[FIRST] and snapshot(root)[SECOND][0] == before[SECOND][0]
 
 
+def test_a_row_of_before_that_is_no_number_is_named(root, config, cpu):
+    shard = read_shard(root / SECOND)
+    rows = list(shard_store._rows_of(shard, 2))
+    rows[2].latent = torch.full_like(rows[2].latent, torch.nan)
+    write_shard(root / SECOND, rows, ["ink", "oil"])
+    with pytest.raises(UserError, match=rf"{root}: the latent of {rows[2].entry} is not finite; delete the store"):
+        preprocess(config, cpu, quiet=True)
+
+
+def test_a_damaged_shard_that_meta_does_not_name_is_refused_and_stays(root, config, cpu):
+    """As one that a user put there, or of a store of before names were written."""
+    (root / THIRD).write_bytes(b"mine")
+    with pytest.raises(UserError, match=rf"{THIRD}: damaged, and meta\.json does not say .*; delete it"):
+        preprocess(config, cpu, quiet=True)
+    assert (root / THIRD).read_bytes() == b"mine"
+
+
+def test_another_programs_shard_under_a_name_of_ours_is_refused_and_stays(root, config, cpu):
+    save_file({"latents": torch.ones(1, 12, 4, 4), "labels": torch.tensor([0])}, root / THIRD)
+    before = contents(root)
+    with pytest.raises(UserError, match=rf"{THIRD}: is another program's"):
+        preprocess(config, cpu, quiet=True)
+    assert contents(root) == before
+
+
 def test_bad_pictures_are_skipped_and_take_no_row(root, store, config, cpu):
     (store / "raw" / "oil" / "7.png").write_text("no picture")
     for _ in range(2):

@@ -2,6 +2,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from isonext.data.pt_store import read_latent, write_latent
 from isonext.data.splits import held_out
 from isonext.data.store import LatentSpec, StoreMeta, fingerprint, read_meta
 from isonext.errors import UserError
+from isonext.utils.io import folder_lock
 
 
 def make_spec(**changes) -> LatentSpec:
@@ -237,6 +240,18 @@ def test_memory_mapped_latents_equal_those_in_memory_bit_for_bit_and_are_packed_
     assert packed.stat().st_mtime_ns == before
 
 
+def test_a_run_waits_for_another_one_that_packs(store):
+    root = store / "latents"
+    meta, packing = open_store(root), folder_lock(root)
+    packing.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(load_split, root, meta, "train", 0)
+        time.sleep(0.2)
+        assert not waiting.done() and not list(root.glob("packed-*"))
+        packing.__exit__(None, None, None)
+        assert isinstance(waiting.result(30).latents, np.memmap)
+
+
 def test_a_changed_entry_makes_the_pack_anew(store, draw, make_config, cpu):
     root = store / "latents"
     meta = open_store(root)
@@ -270,3 +285,24 @@ def test_the_fingerprint_of_a_file_changes_with_its_size_and_its_time(tmp_path):
     path.write_bytes(b"12345")
     status = path.stat()
     assert fingerprint(path) == [5, status.st_mtime_ns]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("vae", "a"), ("moved/vae", "a"), True),
+        (("vae", "a"), ("vae", "b"), False),
+        (("vae", ""), ("./vae/", "b"), True),
+        (("vae", ""), ("{cwd}/vae", ""), True),
+        (("vae", "a"), ("other", ""), False),
+    ],
+)
+def test_an_autoencoder_is_known_by_its_digest_or_where_there_is_none_by_its_path(
+    tmp_path, monkeypatch, one, other, same
+):
+    monkeypatch.chdir(tmp_path)
+    a, b = (
+        dataclasses.replace(make_spec(), autoencoder=name.format(cwd=tmp_path), autoencoder_digest=digest)
+        for name, digest in (one, other)
+    )
+    assert a.has_autoencoder_of(b) is b.has_autoencoder_of(a) is same

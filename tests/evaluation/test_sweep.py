@@ -280,6 +280,23 @@ def test_fixed_points_are_solved_for_in_float32_as_by_inference(report):
     assert all(pair["round_trip_max"] < 3e-4 for pair in figures["results"][0]["directions"])
 
 
+def test_pictures_that_share_all_but_the_suffix_are_all_measured(report, tmp_path):
+    shades = {"a.png": 40, "a.bmp": 80, "a.webp": 120, "b.png": 160, "deep/a.png": 200}
+    for style, names in (("cold", shades), ("warm", ("a.png", "b.bmp"))):
+        for name in names:
+            (tmp_path / "some" / style / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (shades.get(name, 0),) * 3).save(tmp_path / "some" / style / name, lossless=True)
+    styles = evaluator.load_styles(tmp_path / "some", ["cold", "warm"], 32)
+    assert sorted(styles["cold"]) == ["a.bmp", "a.png", "a.webp", "b", "deep/a"]
+    for name, pixels in styles["cold"].items():
+        shade = shades.get(name, shades.get(f"{name}.png"))
+        assert pixels[0, 0, 0].item() == pytest.approx(shade / 127.5 - 1, abs=1e-6)
+    figures, _, _ = report("--data", tmp_path / "some", "--limit", "9")
+    assert [pair["pictures"] for pair in figures["results"][0]["directions"]] == [5, 2]
+    figures, _, _ = report("--data", tmp_path / "some", "--limit", "9", "--pairs")
+    assert [pair["pictures"] for pair in figures["results"][0]["directions"]] == [2, 2], "a.png, and b of two suffixes"
+
+
 #################################################################################
 #                              What an interval is over                         #
 #################################################################################

@@ -1,6 +1,7 @@
 """sample.py: what it integrates, what it writes, and that one process and two write the same."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from isonext.flow.transfer import TransferSettings, sample
 from isonext.inference import sampling
 from isonext.inference.sampling import draw_noise
 from isonext.pipeline import load_pipeline
+from isonext.utils.io import folder_lock
 from isonext.utils.seeding import seeded
 
 DIT = STUDIO | {
@@ -99,8 +101,8 @@ def test_one_process_and_two_write_the_same_bytes(dit_folder):
     assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
     one, two = files(dit_folder / "alone"), files(dit_folder / "together")
     names = {f"sample_{number:05}.png" for number in range(1, 8)}
-    assert one.keys() == two.keys() == names | {"grid.png", "samples.npz"}
-    assert all(one[name] == two[name] for name in names | {"grid.png"})
+    assert one.keys() == two.keys() == names | {"grid.png", "samples.npz", "samples.json"}
+    assert all(one[name] == two[name] for name in names | {"grid.png", "samples.json"})
     assert len({one[name] for name in names}) == 7
     with np.load(dit_folder / "together" / "samples.npz") as stored:
         pictures = [np.asarray(Image.open(dit_folder / "alone" / name)) for name in sorted(names)]
@@ -113,7 +115,7 @@ def test_samples_by_style_a_second_run_and_a_subset(within, studio):
     status, out, _ = within("sample", *flags, "s", "--num_samples_per_style", "2")
     assert status == 0 and "4 made" in out
     first = files(studio / "s")
-    assert first.keys() == {"cold_001.png", "cold_002.png", "warm_001.png", "warm_002.png", "grid.png"}
+    assert first.keys() == {"cold_001.png", "cold_002.png", "warm_001.png", "warm_002.png", "grid.png", "samples.json"}
     (studio / "s" / "warm_002.png").unlink()
     status, out, _ = within("sample", *flags, "s", "--num_samples_per_style", "2")
     assert status == 0 and "1 made" in out and "3 were there already" in out
@@ -169,6 +171,98 @@ def test_bad_flags_are_one_line(within, studio, flags, words):
 
 
 #################################################################################
+#                        What the folder holds, and who made it                 #
+#################################################################################
+
+TWO = ("--checkpoint", CHECKPOINT, "--num_steps", "2", "--num_samples_per_style", "2", "--output", "o")
+
+
+@pytest.fixture
+def made(within, studio):
+    """A folder `o` of two samples a style; (a function that runs sample.py on it again, the folder)."""
+    shutil.rmtree(studio / "o", ignore_errors=True)
+    assert within("sample", *TWO)[0] == 0
+    return lambda *flags: within("sample", *TWO, *flags), studio / "o"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--seed", "1"), "made with seed 0, not 1"),
+        (("--num_steps", "3"), "made with num_steps 2, not 3"),
+        (("--cfg_scale", "3"), "made with cfg_scale 1.5, not 3.0"),
+        (("--precision", "fp32"), "made with precision bf16, not fp32"),
+        (("--checkpoint", "checkpoints/stage1_epoch2.pt"), "made with checkpoint "),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused_and_stays(made, flags, words):
+    again, folder = made
+    before = files(folder)
+    refused(again(*flags), "--output o: holds cold_001.png, ", words, "--overwrite")
+    assert files(folder) == before
+
+
+def test_the_styles_of_numbered_samples_are_part_of_what_made_them(within, studio):
+    flags = ("--checkpoint", CHECKPOINT, "--num_steps", "2", "--output", "numbered", "--num_samples")
+    assert within("sample", *flags, "1")[0] == 0
+    assert within("sample", *flags, "3")[0] == 0, "more of the same"
+    refused(within("sample", *flags, "3", "--styles", "warm"), "made with styles []", 'not ["warm"]')
+    refused(within("sample", *flags[:-1]), "holds grid.png, made with styles [], not null")
+
+
+def test_overwrite_makes_all_anew_and_a_killed_one_leaves_no_mixture(made, monkeypatch):
+    again, folder = made
+    first = files(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "make_pictures", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again("--seed", "1", "--overwrite")
+    assert files(folder).keys() == {"samples.json"}
+    assert again("--seed", "1")[0] == 0, "goes on where it was"
+    second = files(folder)
+    assert second.keys() == first.keys() and all(second[name] != first[name] for name in first)
+    refused(again("--num_samples_per_style", "1", "--overwrite"), "holds cold_002.png, made with seed 1, not 0")
+    assert files(folder) == second
+
+
+def test_pictures_of_unknown_settings_are_neither_kept_nor_written_over(made, studio):
+    again, folder = made
+    first = files(folder)
+    (folder / "samples.json").unlink()
+    Image.new("RGB", (9, 9)).save(folder / "holiday.png")
+    refused(again(), "holds cold_001.png, and no record of what made it; give another folder, or --overwrite")
+    (folder / "samples.json").write_text("{")
+    refused(again(), "samples.json: damaged")
+    (folder / "samples.json").unlink()
+    assert again("--overwrite")[0] == 0
+    assert {name: data for name, data in files(folder).items() if name != "holiday.png"} == first
+
+
+def test_a_picture_of_another_size_is_named_and_packs_nothing(made):
+    again, folder = made
+    Image.new("RGB", (9, 7)).save(folder / "warm_002.png")
+    refused(again("--npz"), "o/warm_002.png: is 9 x 7 pixels, but samples have 32 x 32; delete it")
+    assert not (folder / "samples.npz").exists()
+    (folder / "warm_002.png").unlink()
+    assert again("--npz")[0] == 0
+    with np.load(folder / "samples.npz") as stored:
+        assert stored["arr_0"].shape == (4, 32, 32, 3) and stored["arr_1"].tolist() == [0, 0, 1, 1]
+
+
+def test_a_packed_file_with_too_few_bytes_gets_no_name(made, monkeypatch):
+    again, folder = made
+    monkeypatch.setattr(sampling, "_pixels", lambda path, side: np.zeros((side, side - 1, 3), np.uint8))
+    refused(again("--npz"), "o: the pictures could not be packed whole")
+    assert not (folder / "samples.npz").exists()
+
+
+def test_two_runs_at_once_in_one_folder_are_one_line(made):
+    again, folder = made
+    with folder_lock(folder):
+        refused(again(), "o: is in use by another run")
+
+
+#################################################################################
 #                          A DiT in the everyday commands                       #
 #################################################################################
 
@@ -218,6 +312,7 @@ def test_a_dit_of_one_style_is_unconditional(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *(f"faces_00{n}.png" for n in (1, 2, 3)),
         "grid.png",
+        "samples.json",
     ]
     status, out, err = call_within(tmp_path, "sample", *flags, "--cfg_scale", "2")
     refused((status, out, err), "--cfg_scale 2", "has one style")

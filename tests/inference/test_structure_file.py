@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from isonext.data.autoencoder import DctCodec
 from isonext.errors import UserError
 from isonext.flow.certificate import Certificate, digest, likely_cause
 from isonext.flow.solvers import LATTICE, LatticeState
@@ -350,7 +351,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 @pytest.fixture
 def pipeline(tmp_path):
     (tmp_path / "net.pt").write_bytes(b"weights" * 1000)
-    return Pipeline(torch.nn.Identity(), None, None, torch.device("cpu"), bf16=True, path=tmp_path / "net.pt")
+    codec = DctCodec("dct")
+    return Pipeline(torch.nn.Identity(), codec, None, torch.device("cpu"), bf16=True, path=tmp_path / "net.pt")
 
 
 def test_the_bits_name_the_checkpoint_by_the_hash_of_its_file_and_how_it_is_run(pipeline):
@@ -369,6 +371,7 @@ def test_the_same_run_is_not_refused(pipeline, tmp_path):
     ("name", "there", "words"),
     [
         ("checkpoint", "0" * 64, ["another checkpoint", "0" * 20]),
+        ("autoencoder", "0" * 64, ["another autoencoder", "--set autoencoder.name=FOLDER"]),
         ("precision", "fp32", ["another precision: fp32", "here it is bf16"]),
         ("compiled", True, ["another compiled: True", "here it is False"]),
         ("tf32", None, ["another tf32"]),

@@ -1,12 +1,14 @@
 """What a run may start from: what may change on the way, what may not, and the weights of another run."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from helpers import call, refused
+from helpers import call, call_within, refused
 from isonext.checkpoint import load_checkpoint
+from isonext.config import config_to_dict
 from isonext.data.preprocess import preprocess
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
@@ -128,6 +130,45 @@ def test_resume_on_other_latents_is_refused_by_name(config, store, draw, make_co
         Trainer(config(changes), "newest")
 
 
+def edit_store(store, **changes) -> None:
+    tree = json.loads((store / "latents/meta.json").read_text())
+    tree["latents"] |= changes
+    (store / "latents/meta.json").write_text(json.dumps(tree))
+
+
+def test_an_autoencoder_that_moved_is_no_other_and_replaced_weights_are(config, started, store):
+    edit_store(store, autoencoder="elsewhere/vae")
+    assert Trainer(config(), "newest").spec.autoencoder == "elsewhere/vae", "where it lies now"
+    edit_store(store, autoencoder="dct:f4c12", autoencoder_digest="0" * 64)
+    words = (
+        r"stage1_interrupted\.pt: was trained on latents of autoencoder dct:f4c12 \(sha256 \w{12}\), the store has dct"
+    )
+    with pytest.raises(UserError, match=words):
+        Trainer(config(), "newest")
+    with pytest.raises(UserError, match=r"is of latents of autoencoder dct:f4c12 \(sha256"):
+        Trainer(config(run="fine"), init=str(started.folder / "stage1_interrupted.pt"))
+
+
+def test_an_autoencoder_that_is_named_takes_the_place_of_the_stores_and_is_checked(config, store):
+    edit_store(store, autoencoder="gone/vae")
+    with pytest.raises(UserError, match=r"latents: trained on 12-channel latents, autoencoder dct:f4c11 gives 11"):
+        Trainer(config(), autoencoder="dct:f4c11")
+    trainer = Trainer(config(), autoencoder="dct")
+    assert trainer.spec.autoencoder == trainer.train.spec.autoencoder == "dct:f4c12"
+    assert trainer.validation.make_pipeline().codec.channels == 12
+    edit_store(store, autoencoder_digest="0" * 64)
+    with pytest.raises(UserError, match=r"the autoencoder gone/vae \(sha256 0{12}\), but dct"):
+        Trainer(config(), autoencoder="dct")
+
+
+def test_train_hands_on_the_autoencoder_of_set_alone(store, make_config):
+    """A config of another autoencoder than the store's is fine: preprocessing may have been told by --set."""
+    (store / "c.json").write_text(json.dumps(config_to_dict(make_config(store, {"autoencoder.name": "some/vae"}))))
+    flags = ("--config", "c.json", "--set", "training.stage1_epochs=1")
+    refused(call_within(store, "train", *flags, "--set", "autoencoder.name=dct:f4c11"), "12-channel latents", "f4c11")
+    assert not (store / "run").exists()
+
+
 #################################################################################
 #                            The weights of another run                         #
 #################################################################################
@@ -201,7 +242,10 @@ def test_weights_that_do_not_fit_are_refused(config, started, change, message):
 def test_weights_of_other_latents_are_refused(started):
     spec = started.spec
     other = load_checkpoint(started.folder / "stage1_interrupted.pt")
-    for change, message in (({"autoencoder": "dct:f8"}, "autoencoder"), ({"channels": 3}, "channels")):
+    for change, message in (
+        ({"autoencoder": "dct:f8", "autoencoder_digest": "0"}, "autoencoder dct:f4c12, the store has dct:f8"),
+        ({"channels": 3}, "channels 12, the store has 3"),
+    ):
         with pytest.raises(UserError, match=f"a.pt: is of latents of {message}"):
             in_units_of(dataclasses.replace(spec, **change), other, "a.pt")
 

@@ -743,7 +743,7 @@ def test_a_diverged_network_costs_the_preview_and_not_the_run(config, capsys):
 
 def test_a_refused_run_leaves_alone_what_another_is_writing_and_a_resumed_one_clears_up(config):
     folder = train(config(), quiet=True).folder
-    writing = folder / ".stage1_epoch9.tmp123.pt"
+    writing = folder / ".stage1_epoch9.isonext-tmp-123_0.pt"
     writing.write_bytes(b"half")
     with pytest.raises(UserError, match="--resume"):
         Trainer(config())

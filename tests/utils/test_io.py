@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers import ROOT, call
 from isonext.errors import UserError
-from isonext.utils.io import load_data, natural_order, remove_unfinished, written_whole
+from isonext.utils.io import folder_lock, load_data, natural_order, remove_unfinished, written_whole
 
 
 @pytest.mark.parametrize("old", [None, b"old content"])
@@ -54,9 +54,44 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_whole(tmp_path):
     assert call(tmp_path, script).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old" * 1000
     assert len(list(tmp_path.iterdir())) == 2, "the half-written file lies beside, under another name"
-    (tmp_path / ".hidden").touch()
+    theirs = [".hidden", ".notes.tmpl", ".x.tmp12.png", ".x.isonext-tmp-1.png", ".y.isonext-tmp-1_2.a.png"]
+    for name in theirs:
+        (tmp_path / name).touch()
     remove_unfinished(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "entry.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, "entry.bin"])
+    for name in (".entry.isonext-tmp-12_0.bin", ".a b.c.isonext-tmp-1_22"):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, "entry.bin"])
+
+
+#################################################################################
+#                              One process a folder                             #
+#################################################################################
+
+
+def test_a_folder_is_locked_by_one_at_a_time_and_nothing_stays_behind(tmp_path):
+    with folder_lock(tmp_path):
+        with pytest.raises(UserError, match=rf"{tmp_path}: is in use by another run of this program; wait"):
+            folder_lock(tmp_path).__enter__()
+        with folder_lock(tmp_path / "other"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with folder_lock(tmp_path / "new"):
+        (tmp_path / "new" / "file").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    folder, script = tmp_path / "folder", tmp_path / "killed.py"
+    script.write_text(
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); from isonext.utils.io import folder_lock\n"
+        f"with folder_lock({str(folder)!r}):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert call(tmp_path, script).returncode == -signal.SIGKILL
+    with folder_lock(folder):
+        pass
 
 
 #################################################################################
