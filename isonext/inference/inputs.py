@@ -3,7 +3,10 @@
 Reading and writing pictures run in threads beside the network, so that it does not wait for them.
 """
 
-from collections.abc import Iterator
+import contextlib
+import errno
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -14,11 +17,13 @@ from torch import Tensor
 
 from isonext.data import images
 from isonext.data.pt_store import read_latent
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
 from isonext.utils.io import THREADS, ahead
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass
@@ -38,8 +43,11 @@ class Batch:
     size: tuple[int, int]  # of the pictures: height, width
 
 
-def find_jobs(source: Path, output: Path) -> list[Job]:
-    """A file to a file, or every picture below a folder to the same name below another."""
+def find_jobs(source: Path, output: Path, left_out: Counter[str] | None = None) -> list[Job]:
+    """A file to a file, or every picture below a folder to the same name below another (see `result_name`).
+
+    `left_out` is told of other files as by `images.find_pictures`.
+    """
     if not source.exists():
         raise UserError(f"--input {source}: no such file or folder")
     if output.resolve().is_relative_to(source.resolve()):  # the same file, the same folder, or one inside it
@@ -48,10 +56,18 @@ def find_jobs(source: Path, output: Path) -> list[Job]:
         return [Job(source, picture_path(output))]
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file, but --input is a folder; give a folder")
-    pictures = images.find_pictures(source)
+    pictures = images.find_pictures(source, left_out)
     if not pictures:
-        raise UserError(f"--input {source}: holds no pictures ({' '.join(images.SUFFIXES)})")
-    return [Job(source / name, output / name) for name in pictures]
+        raise UserError(f"--input {source}: holds no pictures ({' '.join(images.READABLE)})")
+    for folder in {source / name.parent for name in pictures}:
+        if folder.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"--output {output}: {folder} of --input lies there, by a link; choose another place")
+    return [Job(source / name, output / result_name(name)) for name in pictures]
+
+
+def result_name(name: Path) -> Path:
+    """The same, with `.png` behind it where its suffix is one that is read but not written."""
+    return name if name.suffix.lower() in images.SUFFIXES else name.with_name(f"{name.name}.png")
 
 
 def picture_path(output: Path) -> Path:
@@ -100,10 +116,15 @@ def load_batches(
     numbered = ((number, job) for number, batch in enumerate(own) for job in batch)
 
     def read(item: tuple[int, Job]) -> tuple[int, Job, Image.Image | UserError]:
+        job = item[1]
         try:
-            picture = images.open_picture(item[1].source)
-            picture = images.resize_short_side(picture, resize) if resize else picture
-            pipeline.check_size(item[1].source, picture.size)
+            with images.one_picture(job.source):
+                picture = images.open_picture(job.source)
+                if resize:
+                    images.refuse_enlarged(picture.size, resize)
+                    picture = images.resize_short_side(picture, resize)
+                images.refuse_unwritable(job.output, picture.size)
+                pipeline.check_size(job.source, picture.size)
             return *item, picture
         except UserError as error:
             return *item, error
@@ -119,10 +140,27 @@ def load_batches(
 
     for (_, (width, height)), group in groupby(good(), key=lambda item: (item[0], item[2].size)):
         _, batch, pictures = zip(*group, strict=True)
-        rows = [images.to_bytes(picture) for picture in pictures]
-        rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
-        latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
-        yield Batch(list(batch), latents, (height, width))
+        latents = None
+        with skipping(batch, "encoded", skipped):
+            rows = [images.to_bytes(picture) for picture in pictures]
+            rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
+            latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
+        if latents is not None:
+            yield Batch(list(batch), latents, (height, width))
+
+
+@contextlib.contextmanager
+def skipping(jobs: Sequence[Job], verb: str, skipped: list[str] | None) -> Iterator[None]:
+    """Within, what goes wrong is a line for each of the jobs, pictures of a folder; where that is None, it is raised.
+
+    What a disk does not take is not the picture's fault, and the next one would fare no better.
+    """
+    try:
+        yield
+    except Exception as error:
+        if skipped is None or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+            raise
+        skipped += [f"{job.source}: cannot be {verb} ({first_line(error)})" for job in jobs]
 
 
 def load_stored_latent(job: Job, pipeline: Pipeline) -> Batch:

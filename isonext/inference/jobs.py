@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from isonext.evaluation.metrics import ssim
 from isonext.flow.certificate import digest, likely_cause
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted, Transfer, TransferSettings
-from isonext.inference.inputs import Batch, Job, find_jobs, load_batches, load_stored_latent, picture_path
+from isonext.inference.inputs import Batch, Job, find_jobs, load_batches, load_stored_latent, picture_path, skipping
 from isonext.inference.options import RestoreOptions, RestyleOptions, TransferOptions
 from isonext.inference.plan import Plan, Target, open_pipeline, plan_restyle, plan_transfer
 from isonext.inference.structure_file import Structure, fixed_bits, load_structure, refuse_other_bits, save_structure
@@ -56,7 +57,8 @@ def transfer_pictures(options: TransferOptions) -> int:
     is_folder = options.input.is_dir()
     if not is_folder:
         distributed.refuse_several("one picture")
-    jobs = find_jobs(options.input, options.output)
+    left_out: Counter[str] = Counter()
+    jobs = find_jobs(options.input, options.output, left_out)
     # What is left to do is seen before anybody does it.
     todo = distributed.from_main([job for job in jobs if options.overwrite or not is_folder or not job.output.exists()])
     plan = plan_transfer(options, len(todo))
@@ -69,7 +71,7 @@ def transfer_pictures(options: TransferOptions) -> int:
         batches = load_batches(todo, plan.pipeline, options.size, batch_size, skipped)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
-        report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()))
+        report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()), skipped)
     report.skipped = sorted(skipped or ())
     report = combine_reports(report, plan)
     seconds = time.perf_counter() - started
@@ -81,6 +83,8 @@ def transfer_pictures(options: TransferOptions) -> int:
     print(f"written to {options.output}{frames}")
     for reason in report.skipped:
         print(f"skipped: {reason}")
+    if left_out:
+        print(images.left_out_line(left_out))
     return certificate_status(plan, 1 if report.skipped else 0)
 
 
@@ -141,20 +145,33 @@ def move(state: LatticeState, device: torch.device) -> LatticeState:
 #################################################################################
 
 
-def transfer_batches(batches: Iterable[Batch], plan: Plan, total: int) -> Report:
+def transfer_batches(
+    batches: Iterable[Batch],
+    plan: Plan,
+    total: int,  # pictures, for the bar
+    skipped: list[str] | None,  # is told of pictures that cannot be transferred or saved; None raises instead
+) -> Report:
     """Transfer and save every batch; the next one is read and the last one is written meanwhile."""
     report, pipeline = Report(), plan.pipeline
+    saved: list[Job] = []
+
+    def save(job: Job, before: Tensor | None, results: list[Tensor]) -> None:
+        with skipping([job], "saved", skipped):
+            save_results(job, before, results, plan)
+            saved.append(job)
+
     with_before, quiet = plan.compare or len(plan.targets) > 1, None if distributed.is_main() else True
     with tqdm(total=total, desc="transfer", unit="picture", disable=quiet) as bar, in_background(32) as submit:
         for batch in batches:
-            transfers = transfer_batch(batch, plan, report)
-            results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
-            before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
-            for row, job in enumerate(batch.jobs):
-                picture = None if before is None else before[row]
-                submit(save_results, job, picture, [result[row] for result in results], plan)
-            report.done += len(batch.jobs)
+            with skipping(batch.jobs, "transferred", skipped):
+                transfers = transfer_batch(batch, plan, report)
+                results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
+                before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
+                for row, job in enumerate(batch.jobs):
+                    picture = None if before is None else before[row]
+                    submit(save, job, picture, [result[row] for result in results])
             bar.update(len(batch.jobs))
+    report.done = len(saved)
     return report
 
 
