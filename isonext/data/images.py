@@ -106,7 +106,7 @@ def find_pictures(folder: Path, left_out: Counter[str] | None = None) -> list[Pa
     to a folder twice.
     """
     found: list[Path] = []
-    waiting = [folder]
+    waiting = [folder] if folder.is_dir() else []
     seen: dict[tuple[int, int], Path] = {}
     while waiting:
         place = waiting.pop()

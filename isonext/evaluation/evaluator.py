@@ -5,7 +5,7 @@ An `Evaluator` is built once of the training and the test pictures; it then meas
 
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, permutations
@@ -134,12 +134,19 @@ def load_styles(
     size: int,  # pixels, square
     limit: int | None = None,  # pictures a style
     names: dict[str, list[Path]] | None = None,  # those of each style; all there are if None
+    skipped: list[str] | None = None,  # is told of bad pictures, which are printed too
 ) -> Pictures:
     """One folder a style; every style must be there, bad pictures are skipped."""
-    return {style: dict(_opened(root / style, size, limit, names[style] if names else None)) for style in styles}
+    chosen = names or dict.fromkeys(styles)
+    return {style: dict(_opened(root / style, size, limit, chosen[style], skipped)) for style in styles}
 
 
-def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] | None = None) -> dict[str, Tensor]:
+def encode_styles(
+    pipeline: Pipeline,
+    root: Path,
+    names: dict[str, list[Path]] | None = None,
+    skipped: list[str] | None = None,
+) -> dict[str, Tensor]:
     """Style -> the standardised latents (N, C, h, w) of its pictures: as `load_styles`, but a batch at a time.
 
     Training pictures may be more than memory holds; their latents are some fifty times smaller.
@@ -147,23 +154,30 @@ def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] |
     latents = {}
     for style in pipeline.spec.styles:
         chosen, parts = names[style] if names else None, []
-        pictures = _opened(root / style, pipeline.spec.image_size, None, chosen)
+        pictures = _opened(root / style, pipeline.spec.image_size, None, chosen, skipped)
         while batch := [pixels for _, pixels in islice(pictures, BATCH)]:
             parts.append(pipeline.encode(torch.stack(batch)).cpu())
         latents[style] = torch.cat(parts)
     return latents
 
 
-def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None) -> Iterator[tuple[str, Tensor]]:
-    found = False
-    for name in (images.find_pictures(folder) if names is None else names)[:limit]:
+def _opened(
+    folder: Path, size: int, limit: int | None, names: list[Path] | None, skipped: list[str] | None
+) -> Iterator[tuple[str, Tensor]]:
+    found, left_out = False, Counter[str]()
+    for name in (images.find_pictures(folder, left_out) if names is None else names)[:limit]:
         try:
-            picture = images.square(images.open_picture(folder / name), size)
+            with images.one_picture(folder / name):
+                pixels = images.to_bytes(images.square(images.open_picture(folder / name), size))
         except UserError as error:
             print(f"skipped: {error}")
+            if skipped is not None:
+                skipped.append(str(error))
             continue
         found = True
-        yield name.with_suffix("").as_posix(), images.to_pixels(images.to_bytes(picture))
+        yield name.with_suffix("").as_posix(), images.to_pixels(pixels)
+    if left_out:
+        print(f"{folder}: {images.left_out_line(left_out)}")
     if not found:
         raise UserError(f"{folder}: no pictures of style {folder.name}; --data needs a folder for each style")
 

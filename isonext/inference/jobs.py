@@ -1,6 +1,7 @@
 """What inference.py does: pictures transferred, a kept structure in other styles, the original of one back."""
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -60,7 +61,9 @@ def transfer_pictures(options: TransferOptions) -> int:
     left_out: Counter[str] = Counter()
     jobs = find_jobs(options.input, options.output, left_out)
     # What is left to do is seen before anybody does it.
-    todo = distributed.from_main([job for job in jobs if options.overwrite or not is_folder or not job.output.exists()])
+    todo = distributed.from_main(
+        [job for job in jobs if options.overwrite or not is_folder or not os.path.exists(job.output)]
+    )
     plan = plan_transfer(options, len(todo))
     refuse_collisions(jobs, plan)
     skipped: list[str] | None = [] if is_folder else None
@@ -93,6 +96,7 @@ def restyle_structure(options: RestyleOptions) -> int:
     distributed.refuse_several("one picture")
     job = Job(options.structure, picture_path(options.output))
     structure = load_structure(options.structure)
+    images.refuse_unwritable(job.output, structure.size[::-1])
     plan = plan_restyle(options, structure)
     refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint",))
     pipeline, source, settings = plan.pipeline, plan.source, plan.settings
@@ -120,6 +124,7 @@ def restore_picture(options: RestoreOptions) -> int:
     """A structure file back to its original's latents, bit for bit; returns the exit status."""
     distributed.refuse_several("one picture")
     output, structure = picture_path(options.output), load_structure(options.structure)
+    images.refuse_unwritable(output, structure.size[::-1])
     pipeline, _ = open_pipeline(options.network, structure)
     refuse_other_bits(structure, pipeline, options.structure)
     source = pipeline.spec.style_id(structure.source)
