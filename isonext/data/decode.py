@@ -104,6 +104,8 @@ def open_picture(path: str | Path) -> Image.Image:
 
 def picture_size(path: Path) -> tuple[int, int] | None:
     """Width and height of what `open_picture` will give, from the file's header alone; None where it has none."""
+    if not path.is_file():
+        return None
     try:
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size

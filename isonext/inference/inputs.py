@@ -5,6 +5,7 @@ Reading and writing pictures run in threads beside the network, so that it does 
 
 import contextlib
 import errno
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def find_jobs(source: Path, output: Path, left_out: Counter[str] | None = None) 
     """
     if not source.exists():
         raise UserError(f"--input {source}: no such file or folder")
-    if output.resolve().is_relative_to(source.resolve()):  # the same file, the same folder, or one inside it
+    if real(output).is_relative_to(real(source)):  # the same file, the same folder, or one inside it
         raise UserError(f"--output {output}: lies on or in --input, which would be overwritten; choose another place")
     if not source.is_dir():
         return [Job(source, picture_path(output))]
@@ -60,9 +61,14 @@ def find_jobs(source: Path, output: Path, left_out: Counter[str] | None = None) 
     if not pictures:
         raise UserError(f"--input {source}: holds no pictures ({' '.join(images.READABLE)})")
     for folder in {source / name.parent for name in pictures}:
-        if folder.resolve().is_relative_to(output.resolve()):
+        if real(folder).is_relative_to(real(output)):
             raise UserError(f"--output {output}: {folder} of --input lies there, by a link; choose another place")
     return [Job(source / name, output / result_name(name)) for name in pictures]
+
+
+def real(path: Path) -> Path:
+    """`path.resolve()`, which raises where links lead in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def result_name(name: Path) -> Path:

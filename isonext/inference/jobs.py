@@ -274,11 +274,12 @@ def compare_path(job: Job) -> Path:
 
 def refuse_collisions(jobs: list[Job], plan: Plan) -> None:
     """No result may take the place of an input, or of another result."""
-    taken = {job.source.resolve(): job.source for job in jobs}
+    taken = {os.path.realpath(job.source): job.source for job in jobs}
     for job in jobs:
         for path in result_paths(job, plan):
-            other = taken.setdefault(path.resolve(), job.source)
-            if other is not job.source or path.resolve() == job.source.resolve():
+            real = os.path.realpath(path)
+            other = taken.setdefault(real, job.source)
+            if other is not job.source or real == os.path.realpath(job.source):
                 raise UserError(
                     f"{path}: would be written for {job.source}, but belongs to {other}; rename one of them"
                 )

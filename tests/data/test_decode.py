@@ -164,6 +164,7 @@ def test_a_jpeg_that_asks_for_scan_after_scan_is_refused_at_once_and_an_honest_o
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
+    assert images.picture_size(tmp_path / "a.png") is None
     with pytest.raises(images.BadPicture, match=r"a\.png: not a file"):
         images.open_picture(tmp_path / "a.png")
 
