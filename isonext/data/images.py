@@ -22,6 +22,8 @@ SUFFIXES: tuple[str, ...] = (*_COMMON, ".avif") if features.check("avif") else _
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383, "AVIF": 65535}  # that the encoders take
 MOST_ENLARGED = 2**25  # pixels: a thin strip enlarged to a given short side would take all memory
 SHOWN_SUFFIXES = 8
+GAP = 6  # pixels between the pictures of a sheet
+ACROSS = 8  # pictures in a row of a strip
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:
@@ -137,21 +139,42 @@ def left_out_line(left_out: Counter[str]) -> str:
     return f"left out by suffix: {', '.join(counts + [f'{rest} others'] * bool(rest))}{heif}"
 
 
+def strip_size(size: tuple[int, int], count: int) -> tuple[int, int]:
+    """Width and height of the `strip` of so many pictures of a size; of one, it is the picture itself."""
+    if count == 1:
+        return size
+    column, row = contact_sheet_size(size, min(count, ACROSS), 1, titled=True)
+    return column, row * -(-count // ACROSS)
+
+
+def contact_sheet_size(
+    size: tuple[int, int], columns: int, rows: int, titled: bool, left: int = GAP, gap: int = GAP
+) -> tuple[int, int]:
+    """Width and height of a `contact_sheet` of tiles of a size."""
+    head = int(letter_size(size[0]) * 1.8) if titled else 0
+    return left + columns * (size[0] + gap), head + gap + rows * (size[1] + gap)
+
+
+def letter_size(width: int) -> int:
+    """Of titles above pictures of so many pixels."""
+    return max(11, min(18, width // 8))
+
+
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image]],
     titles: Sequence[str] = (),
     zoom: int = 1,
-    gap: int = 6,
+    gap: int = GAP,
     names: Sequence[str] = (),
 ) -> Image.Image:
     """A grid of equally large pictures under column titles, beside the rows' names, on white; `zoom` repeats pixels."""
     width, height = (side * zoom for side in rows[0][0].size)
-    letters = max(11, min(18, width // 8))
-    font = ImageFont.load_default(letters)
-    head = int(letters * 1.8) if titles else 0
+    font = ImageFont.load_default(letter_size(width))
     columns = max(len(row) for row in rows)
     left = gap + max((2 * gap + int(font.getlength(name)) for name in names), default=0)
-    sheet = Image.new("RGB", (left + columns * (width + gap), head + gap + len(rows) * (height + gap)), "white")
+    whole = contact_sheet_size((width, height), columns, len(rows), bool(titles), left, gap)
+    head = whole[1] - gap - len(rows) * (height + gap)
+    sheet = Image.new("RGB", whole, "white")
     draw = ImageDraw.Draw(sheet)
     for y, name in enumerate(names):
         draw.text((left - 2 * gap, head + gap + y * (height + gap) + height / 2), name, "black", font, anchor="rm")
@@ -164,7 +187,7 @@ def contact_sheet(
     return sheet
 
 
-def strip(pictures: Sequence[Image.Image], titles: Sequence[str], across: int = 8) -> Image.Image:
+def strip(pictures: Sequence[Image.Image], titles: Sequence[str], across: int = ACROSS) -> Image.Image:
     """Equally large pictures, each under its own title, in rows of `across`."""
     places = range(0, len(pictures), across)
     rows = [contact_sheet([pictures[start : start + across]], titles[start : start + across]) for start in places]

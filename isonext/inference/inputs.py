@@ -112,6 +112,7 @@ def load_batches(
     resize: int | None,  # pixels of the short side
     batch_size: int,
     skipped: list[str] | None,  # is told of bad pictures; None raises instead
+    on_sheet: int = 1,  # pictures that a result shows, see `images.strip`
 ) -> Iterator[Batch]:
     """This process's share of the batches of pictures of one size. For a compiled network they are filled up: one
     shape, one graph.
@@ -129,7 +130,7 @@ def load_batches(
                 if resize:
                     images.refuse_enlarged(picture.size, resize)
                     picture = images.resize_short_side(picture, resize)
-                images.refuse_unwritable(job.output, picture.size)
+                images.refuse_unwritable(job.output, images.strip_size(picture.size, on_sheet))
                 pipeline.check_size(job.source, picture.size)
             return *item, picture
         except UserError as error:

@@ -71,7 +71,8 @@ def transfer_pictures(options: TransferOptions) -> int:
         batches: Iterable[Batch] = [load_stored_latent(todo[0], plan.pipeline)]
     else:
         batch_size = options.network.batch_size if is_folder and options.min_structure is None else 1
-        batches = load_batches(todo, plan.pipeline, options.size, batch_size, skipped)
+        on_sheet = 1 if len(plan.targets) == 1 else 1 + len(plan.targets)
+        batches = load_batches(todo, plan.pipeline, options.size, batch_size, skipped, on_sheet)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
         report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()), skipped)

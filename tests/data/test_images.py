@@ -333,6 +333,13 @@ def test_enlarging_beyond_bounds_is_refused_and_reducing_is_not(size, short):
     images.refuse_enlarged((1, 100), 512)
 
 
+@pytest.mark.parametrize("size", [(20, 30), (300, 10)])
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 20])
+def test_the_size_of_a_strip_is_known_before_it_is_made(count, size):
+    made = images.strip([Image.new("RGB", size)] * count, ["n"] * count) if count > 1 else Image.new("RGB", size)
+    assert images.strip_size(size, count) == made.size
+
+
 @pytest.mark.parametrize("error", [struct.error("bad"), OSError("encoder error -2"), RuntimeError(""), MemoryError()])
 def test_whatever_an_encoder_raises_is_one_line_with_the_path(tmp_path, monkeypatch, error):
     def fail(*_, **__):

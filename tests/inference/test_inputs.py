@@ -230,6 +230,14 @@ def test_a_result_too_wide_for_its_format_is_refused_before_the_work(tmp_path):
         list(load_batches([job], fake_pipeline(), None, 1, None))
 
 
+def test_a_sheet_of_styles_too_wide_for_its_format_is_refused_before_the_work(tmp_path):
+    Image.new("L", (8200, 1)).save(tmp_path / "a.png")
+    job = Job(tmp_path / "a.png", tmp_path / "a.jpg")
+    assert len(list(load_batches([job], fake_pipeline(), None, 1, None, on_sheet=3))) == 1
+    with pytest.raises(UserError, match=r"a\.jpg: would have 65654 x \d+ pixels"):  # 8 x (8200 + 6) + 6
+        list(load_batches([job], fake_pipeline(), None, 1, None, on_sheet=9))
+
+
 def test_what_the_autoencoder_raises_is_a_line_for_each_picture_of_the_batch_alone(tmp_path):
     jobs, skipped, pipeline = drawn(tmp_path, [(4, 4), (4, 4), (6, 6)]), [], fake_pipeline()
     encode = pipeline.encode
