@@ -20,7 +20,7 @@ from isonext.errors import UserError, first_line
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # large, or of odd metadata: not the user's concern
 
-MOST_PIXELS = 2**27  # decoded at once: some 2 GB of memory on the way to RGB
+MOST_PIXELS = 2**27  # decoded at once: up to 2.5 GB of memory on the way to RGB
 MOST_PIXELS_JPEG2000 = 2**25  # the one slow decoder: some 3 million pixels a second
 MOST_SCANNED_PIXELS = 2**31  # of a JPEG, pixels times scans: a few bytes may ask for one scan more of all pixels
 PROMISED = {

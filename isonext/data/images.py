@@ -34,6 +34,12 @@ def square(picture: Image.Image, size: int) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
+def open_square(path: Path, size: int) -> Image.Image:
+    """The `square` of a picture file; BadPicture says in one line why there is none."""
+    with one_picture(path):
+        return square(open_picture(path), size)
+
+
 def resize_short_side(picture: Image.Image, size: int) -> Image.Image:
     """Same aspect ratio, the shorter side `size` pixels long."""
     return picture.resize(resized(picture.size, size), Image.Resampling.LANCZOS)

@@ -161,7 +161,7 @@ class SquarePictures(Dataset):
         try:
             with images.one_picture(path):
                 source = fingerprint(path)
-                return item, images.to_bytes(images.square(images.open_picture(path), self.size)), source
+                return item, images.to_bytes(images.open_square(path, self.size)), source
         except UserError as error:
             return item, None, str(error)
 

@@ -167,8 +167,7 @@ def _opened(
     found, left_out = False, Counter[str]()
     for name in (images.find_pictures(folder, left_out) if names is None else names)[:limit]:
         try:
-            with images.one_picture(folder / name):
-                pixels = images.to_bytes(images.square(images.open_picture(folder / name), size))
+            pixels = images.to_bytes(images.open_square(folder / name, size))
         except UserError as error:
             print(f"skipped: {error}")
             if skipped is not None:

@@ -167,7 +167,9 @@ def skipping(jobs: Sequence[Job], verb: str, skipped: list[str] | None) -> Itera
     except Exception as error:
         if skipped is None or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
             raise
-        skipped += [f"{job.source}: cannot be {verb} ({first_line(error)})" for job in jobs]
+        less = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error)
+        advice = "; a smaller --size or --batch_size takes less" if less else ""
+        skipped += [f"{job.source}: cannot be {verb} ({first_line(error)}){advice}" for job in jobs]
 
 
 def load_stored_latent(job: Job, pipeline: Pipeline) -> Batch:

@@ -250,7 +250,8 @@ def test_what_the_autoencoder_raises_is_a_line_for_each_picture_of_the_batch_alo
     pipeline.encode = fail
     batches = list(load_batches(jobs, pipeline, None, 2, skipped))
     assert [job.source for batch in batches for job in batch.jobs] == [jobs[2].source]
-    assert skipped == [f"{job.source}: cannot be encoded (not enough memory)" for job in jobs[:2]]
+    advice = "a smaller --size or --batch_size takes less"
+    assert skipped == [f"{job.source}: cannot be encoded (not enough memory); {advice}" for job in jobs[:2]]
     with pytest.raises(RuntimeError, match="not enough memory"):
         list(load_batches(jobs[:1], pipeline, None, 1, None))
 
