@@ -24,17 +24,18 @@ def eight_bits(picture: Image.Image) -> Image.Image:
     """A grey picture of more than 8 bits as one of 8, in the mode L or LA; any other as it is. See above."""
     if picture.mode == "I":
         raise ValueError("of 32-bit integers nothing says which is white; save it with 8 or 16 bits")
-    if picture.mode == "F":
-        shallow = Image.fromarray(_bytes_of_floats(np.array(picture)))
-    elif picture.mode.startswith("I;16"):
-        values, tags = np.asarray(picture), getattr(picture, "tag_v2", {})
-        grey = (values >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)  # BitsPerSample: of a TIFF 12 or 16
-        shallow = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # white is zero: Pillow leaves it so
-        key = picture.info.get("transparency")
-        if isinstance(key, int):
-            shallow.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
-    else:
+    if picture.mode != "F" and not picture.mode.startswith("I;16"):
         return picture
+    tags, key, alpha = getattr(picture, "tag_v2", {}), picture.info.get("transparency"), None
+    if picture.mode == "F":
+        grey = _bytes_of_floats(np.array(picture))
+    else:
+        values = np.asarray(picture)
+        grey = (values >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)  # BitsPerSample: of a TIFF 12 or 16
+        alpha = np.where(values == key, 0, 255).astype(np.uint8) if isinstance(key, int) else None
+    shallow = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # white is zero: Pillow leaves it so
+    if alpha is not None:
+        shallow.putalpha(Image.fromarray(alpha))
     shallow.info["icc_profile"] = picture.info.get("icc_profile")
     return shallow
 

@@ -20,6 +20,9 @@ def find_styles(raw_root: Path, expected: int | None, left_out: Counter[str] | N
         raise UserError(f"{raw_root}: no such folder; put one folder of pictures a style there (data.raw_data_root)")
     folders = [path for path in raw_root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     folders.sort(key=lambda path: natural_order(path.name))
+    if left_out is not None:
+        beside = [path for path in raw_root.iterdir() if not (path.is_dir() or path.name.startswith("."))]
+        left_out.update(f"{path.suffix.lower()} beside the folders" for path in beside)
     styles = {path.name: images.find_pictures(path, left_out) for path in folders}
     if not styles:
         raise UserError(f"{raw_root}: holds no folders; make one folder of pictures a style there")

@@ -42,6 +42,21 @@ def test_12_bits_have_their_own_white(tmp_path):
 def test_white_may_be_zero_in_16_bits_too(tmp_path):
     seen = read(tmp_path, files.tiff(ALL, bits=16, white_is_zero=True))
     np.testing.assert_array_equal(seen[..., 0], 255 - ALL // 256)
+    halves = np.array([[0, 0.2, 1]], np.float32)
+    seen = read(tmp_path, files.tiff(halves, bits=32, white_is_zero=True))
+    assert seen[0, :, 0].tolist() == [255, 204, 0]
+
+
+def test_16_bits_may_be_of_either_byte_order_and_of_jpeg_2000(tmp_path):
+    values = ALL[:8] * 256 + ALL[8:16] % 256
+    motorola = b"MM\0*" + struct.pack(">I", 8 + values.nbytes) + values.astype(">u2").tobytes()
+    short = [(256, 256), (257, 8), (258, 16), (259, 1), (262, 1), (277, 1), (278, 8)]
+    table = [struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in short]
+    table[5:5] = [struct.pack(">HHII", 273, 4, 1, 8)]
+    table.append(struct.pack(">HHII", 279, 4, 1, values.nbytes))
+    motorola += struct.pack(">H", len(table)) + b"".join(table) + bytes(4)
+    for content in (motorola, files.encoded(values, "JPEG2000")):
+        np.testing.assert_array_equal(read(tmp_path, content)[..., 0], values // 256)
 
 
 @pytest.mark.parametrize("top", [1, 1.0000001, 1.1, 2])
