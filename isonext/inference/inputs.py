@@ -123,15 +123,9 @@ def load_batches(
     numbered = ((number, job) for number, batch in enumerate(own) for job in batch)
 
     def read(item: tuple[int, Job]) -> tuple[int, Job, Image.Image | UserError]:
-        job = item[1]
         try:
-            with images.one_picture(job.source):
-                picture = images.open_picture(job.source)
-                if resize:
-                    images.refuse_enlarged(picture.size, resize)
-                    picture = images.resize_short_side(picture, resize)
-                images.refuse_unwritable(job.output, images.strip_size(picture.size, on_sheet))
-                pipeline.check_size(job.source, picture.size)
+            picture = read_picture(item[1], resize, on_sheet)
+            pipeline.check_size(item[1].source, picture.size)
             return *item, picture
         except UserError as error:
             return *item, error
@@ -154,6 +148,20 @@ def load_batches(
             latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
         if latents is not None:
             yield Batch(list(batch), latents, (height, width))
+
+
+def read_picture(job: Job, resize: int | None, on_sheet: int) -> Image.Image:
+    """The picture of a job at the size that is asked for; UserError where it or its result would be of no use."""
+    with images.one_picture(job.source):
+        picture = images.open_picture(job.source)
+        if resize:
+            images.refuse_enlarged(picture.size, resize)
+            picture = images.resize_short_side(picture, resize)
+        try:
+            images.refuse_unwritable(job.output, images.strip_size(picture.size, on_sheet))
+        except UserError as error:
+            raise UserError(f"{job.source}: its result {error}") from None
+        return picture
 
 
 @contextlib.contextmanager

@@ -67,12 +67,7 @@ def transfer_pictures(options: TransferOptions) -> int:
     plan = plan_transfer(options, len(todo))
     refuse_collisions(jobs, plan)
     skipped: list[str] | None = [] if is_folder else None
-    if options.input.suffix == ".pt" and not is_folder:
-        batches: Iterable[Batch] = [load_stored_latent(todo[0], plan.pipeline)]
-    else:
-        batch_size = options.network.batch_size if is_folder and options.min_structure is None else 1
-        on_sheet = 1 if len(plan.targets) == 1 else 1 + len(plan.targets)
-        batches = load_batches(todo, plan.pipeline, options.size, batch_size, skipped, on_sheet)
+    batches = read_inputs(options, todo, plan, skipped)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
         report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()), skipped)
@@ -90,6 +85,15 @@ def transfer_pictures(options: TransferOptions) -> int:
     if left_out:
         print(images.left_out_line(left_out))
     return certificate_status(plan, 1 if report.skipped else 0)
+
+
+def read_inputs(options: TransferOptions, todo: list[Job], plan: Plan, skipped: list[str] | None) -> Iterable[Batch]:
+    """The batches of what is left to do; `skipped`, of a folder, is told of bad pictures."""
+    if options.input.suffix == ".pt" and skipped is None:
+        return [load_stored_latent(todo[0], plan.pipeline)]
+    batch_size = options.network.batch_size if skipped is not None and options.min_structure is None else 1
+    on_sheet = 1 if len(plan.targets) == 1 else 1 + len(plan.targets)
+    return load_batches(todo, plan.pipeline, options.size, batch_size, skipped, on_sheet)
 
 
 def restyle_structure(options: RestyleOptions) -> int:
