@@ -126,6 +126,12 @@ def srgb_curve() -> bytes:
     return b"para" + bytes(4) + struct.pack(">HH5i", 3, 0, *(round(number * 65536) for number in numbers))
 
 
+def srgb_table(entries: int) -> bytes:
+    """The same curve as a table, which the profile that cameras embed has."""
+    values = np.rint(65535 * linear_of_srgb(np.linspace(0, 255, entries))).astype(">u2")
+    return b"curv" + bytes(4) + struct.pack(">I", entries) + values.tobytes()
+
+
 def rgb_profile(matrix: np.ndarray, curve: bytes) -> bytes:
     tags = {name: xyz(*column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T, strict=True)}
     return profile(b"RGB ", b"mntr", tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve) | {b"wtpt": xyz(1, 1, 1)})

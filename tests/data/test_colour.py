@@ -179,9 +179,11 @@ def test_cmyk_is_converted_by_its_profile_with_its_black_as_black(tmp_path, kind
         np.testing.assert_allclose(seen[4, 4], lab_as_srgb(np.array(lab)), atol=3, err_msg=str(ink))
 
 
-def test_where_the_profile_is_srgb_of_any_maker_not_one_value_changes(tmp_path, capfd):
-    for content in (files.encoded(COLOURS, "PNG", icc_profile=files.rgb_profile(files.SRGB, files.srgb_curve())),):
-        np.testing.assert_array_equal(read(tmp_path, content), COLOURS)
+@pytest.mark.parametrize("curve", [files.srgb_curve(), files.srgb_table(1024), files.srgb_table(4096)])
+@pytest.mark.parametrize("digits", [4, 5])
+def test_where_the_profile_is_srgb_of_any_maker_not_one_value_changes(tmp_path, capfd, curve, digits):
+    profile = files.rgb_profile(files.SRGB.round(digits), curve)
+    np.testing.assert_array_equal(read(tmp_path, files.encoded(COLOURS, "PNG", icc_profile=profile)), COLOURS)
     assert capfd.readouterr().err == ""
 
 
