@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
             legs.append(size / (time.perf_counter() - started))
             anew = [Job(job.source, job.output.with_name(f"{number}_{job.output.name}")) for job in jobs]
             started = time.perf_counter()
-            report = transfer_batches(load_batches(anew, pipeline, None, size, skipped), plan, len(anew))
+            report = transfer_batches(load_batches(anew, pipeline, None, size, skipped), plan, len(anew), skipped)
             folder.append(report.done / (time.perf_counter() - started))
     bare, whole = statistics.median(legs[1:]), statistics.median(folder[1:])
     name = device_name(pipeline.device)

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         paths = draw(Path(scratch), args.pictures, args.size)
-        squares = [images.to_bytes(images.square(images.open_picture(path), args.size)) for path in paths]
+        squares = [images.to_bytes(images.open_square(path, args.size)) for path in paths]
         batches = [images.to_pixels(part.to(device)) for part in torch.stack(squares).split(BATCH)]
         whole = store_work(Path(scratch) / "latents", paths, codec, args.size)
         one, nchw, nhwc = batches[0], torch.contiguous_format, torch.channels_last

@@ -63,7 +63,7 @@ def load_batch(pipeline: Pipeline, folder: Path, count: int) -> tuple[Tensor, tu
     names, size = images.find_pictures(folder)[:count], pipeline.spec.image_size
     if not names:
         raise UserError(f"{folder}: no pictures; --data needs a folder for each style")
-    pictures = [images.square(images.open_picture(folder / name), size) for name in names]
+    pictures = [images.open_square(folder / name, size) for name in names]
     return pipeline.encode(images.to_pixels(torch.stack([images.to_bytes(each) for each in pictures]))), (size, size)
 
 

@@ -102,7 +102,7 @@ def read(
     names = [(users.index(user), name) for user, paths in found.items() for name in paths]
     for user, name in tqdm(names, desc=root.name, unit="picture", disable=None):
         try:
-            picture = images.square(images.open_picture(root / name), side)
+            picture = images.open_square(root / name, side)
             picture = through(picture) if through else picture
         except images.BadPicture as error:
             if not through:  # else it was named when its pictures were read as they are

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
-from isonext.data.images import save_picture
+from isonext.data.images import BadPicture, open_picture, save_picture
 
 STYLES = ("shaded", "ink")  # soft painted volumes; a pen on warm paper, hatching, a pale wash of colour
 SUPERSAMPLE = 4  # PIL's polygons have hard edges: draw this many times larger, then reduce
@@ -377,8 +377,6 @@ def draw_folders(
 def _is_whole(path: Path, size: int) -> bool:
     """Whether a complete picture of this size is there already."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.size == (size, size)
-    except (OSError, SyntaxError):  # absent, cut short, or no picture
+        return open_picture(path).size == (size, size)
+    except BadPicture:  # absent, cut short, or no picture
         return False

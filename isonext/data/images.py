@@ -1,63 +1,29 @@
 """Pictures: open, orient, crop, pad, save; the contact sheet. Pixels are RGB in [-1, 1], float32, (3, H, W)."""
 
-import warnings
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
-from isonext.errors import UserError
+from isonext.data.colour import srgb_profile
+from isonext.data.decode import READABLE, BadPicture, one_picture, open_picture, picture_size
+from isonext.errors import UserError, first_line
 from isonext.utils.io import written_whole
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # large, or of odd metadata: not the user's concern
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
-
-class BadPicture(UserError):
-    """A file that is no picture, or a broken one. Folders skip it and say so."""
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """Any picture file as 8-bit RGB, turned upright by its EXIF tag, transparency laid on white."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return _to_rgb(ImageOps.exif_transpose(picture))
-    except FileNotFoundError:
-        raise BadPicture(f"{path}: no such picture") from None
-    except Image.UnidentifiedImageError:
-        raise BadPicture(f"{path}: not a picture") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadPicture(f"{path}: cannot be read ({error})") from None
-
-
-def picture_size(path: Path) -> tuple[int, int] | None:
-    """Width and height of what `open_picture` will give, from the file's header alone; None where it has none."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
-                return width, height  # of a TIFF upright already; a PNG would be decoded in search of a tag
-            turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return (height, width) if turned else (width, height)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-        return None
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):  # 16-bit and float grey, which PIL would clip at 255
-        grey = np.asarray(picture).astype(np.float64)
-        top = 65535 if picture.mode != "F" else 255 if grey.max() > 1 else 1
-        return Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+__all__ = ["READABLE", "BadPicture", "one_picture", "open_picture", "picture_size"]  # of decode.py
+_COMMON = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES: tuple[str, ...] = (*_COMMON, ".avif") if features.check("avif") else _COMMON  # that are written
+LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383, "AVIF": 65535}  # that the encoders take
+MOST_ENLARGED = 2**25  # pixels: a thin strip enlarged to a given short side would take all memory
+SHOWN_SUFFIXES = 8
+GAP = 6  # pixels between the pictures of a sheet
+ACROSS = 8  # pictures in a row of a strip
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:
@@ -68,9 +34,25 @@ def square(picture: Image.Image, size: int) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
+def open_square(path: Path, size: int) -> Image.Image:
+    """The `square` of a picture file; BadPicture says in one line why there is none."""
+    with one_picture(path):
+        return square(open_picture(path), size)
+
+
 def resize_short_side(picture: Image.Image, size: int) -> Image.Image:
     """Same aspect ratio, the shorter side `size` pixels long."""
     return picture.resize(resized(picture.size, size), Image.Resampling.LANCZOS)
+
+
+def refuse_enlarged(sides: tuple[int, int], short: int) -> None:
+    """ValueError where the short side cannot be made `short` pixels long in a bounded amount of memory."""
+    width, height = resized(sides, short)
+    if short > min(sides) and width * height > MOST_ENLARGED:
+        raise ValueError(
+            f"with a short side of {short} pixels it would have {width} x {height}; at most {MOST_ENLARGED} are made "
+            "by enlarging"
+        )
 
 
 def resized(sides: tuple[int, int], short: int) -> tuple[int, int]:
@@ -102,38 +84,103 @@ def pad_to_multiple(pixels: Tensor, factor: int) -> Tensor:
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write whole or not at all; the format is that of the suffix."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: a picture is written as one of {' '.join(SUFFIXES)}")
+    """Write whole or not at all, tagged as sRGB; the format is that of the suffix."""
+    refuse_unwritable(path, picture.size)
     with written_whole(path) as beside:
         try:
-            picture.save(beside, quality=95)
-        except ValueError as error:  # a side longer than the format knows
-            raise UserError(f"{path}: cannot be written ({error})") from None
+            picture.save(beside, quality=95, icc_profile=srgb_profile())
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:  # the disk's matter: full, or not to be written to
+                raise
+            raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """Every picture below `folder`, nested ones too, relative to it and sorted; hidden files are none."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    found = (path.relative_to(folder) for path in files)
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+def refuse_unwritable(path: str | Path, size: tuple[int, int]) -> None:
+    """UserError where the format of the suffix is none that is written, or takes no picture of this size."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: a picture is written as one of {' '.join(SUFFIXES)}")
+    most = LONGEST_SIDE.get(READABLE[suffix])
+    if most and max(size) > most:
+        raise UserError(
+            f"{path}: would have {size[0]} x {size[1]} pixels, a {suffix} has at most {most} a side; write a .png"
+        )
+
+
+def find_pictures(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """Every picture below `folder`, in nested and linked folders too, relative to it and sorted; hidden ones are none.
+
+    `left_out` is told how many other files there are of each suffix. UserError where links lead round in a circle, or
+    to a folder twice.
+    """
+    found: list[Path] = []
+    waiting = [folder] if folder.is_dir() else []
+    seen: dict[tuple[int, int], Path] = {}
+    while waiting:
+        place = waiting.pop()
+        status = os.stat(place)
+        known = seen.setdefault((status.st_dev, status.st_ino), place)
+        if known != place:
+            raise UserError(f"{place}: is the same folder as {known}, by a link; remove the link")
+        for entry in os.scandir(place):
+            if entry.name.startswith("."):
+                continue
+            path = place / entry.name
+            suffix = path.suffix.lower()
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(path)):
+                waiting.append(path)
+            elif suffix in READABLE:
+                found.append(path.relative_to(folder))
+            elif left_out is not None:
+                left_out[suffix] += 1
+    return sorted(found)
+
+
+def left_out_line(left_out: Counter[str]) -> str:
+    """The line that says which files are no pictures by their names."""
+    several = left_out.most_common(SHOWN_SUFFIXES)
+    counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in several]
+    rest = left_out.total() - sum(count for _, count in several)
+    heif = "; .heic wants pip install pillow-heif" if {".heic", ".heif"} & left_out.keys() else ""
+    return f"left out by suffix: {', '.join(counts + [f'{rest} others'] * bool(rest))}{heif}"
+
+
+def strip_size(size: tuple[int, int], count: int) -> tuple[int, int]:
+    """Width and height of the `strip` of so many pictures of a size; of one, it is the picture itself."""
+    if count == 1:
+        return size
+    column, row = contact_sheet_size(size, min(count, ACROSS), 1, titled=True)
+    return column, row * -(-count // ACROSS)
+
+
+def contact_sheet_size(
+    size: tuple[int, int], columns: int, rows: int, titled: bool, left: int = GAP, gap: int = GAP
+) -> tuple[int, int]:
+    """Width and height of a `contact_sheet` of tiles of a size."""
+    head = int(letter_size(size[0]) * 1.8) if titled else 0
+    return left + columns * (size[0] + gap), head + gap + rows * (size[1] + gap)
+
+
+def letter_size(width: int) -> int:
+    """Of titles above pictures of so many pixels."""
+    return max(11, min(18, width // 8))
 
 
 def contact_sheet(
     rows: Sequence[Sequence[Image.Image]],
     titles: Sequence[str] = (),
     zoom: int = 1,
-    gap: int = 6,
+    gap: int = GAP,
     names: Sequence[str] = (),
 ) -> Image.Image:
     """A grid of equally large pictures under column titles, beside the rows' names, on white; `zoom` repeats pixels."""
     width, height = (side * zoom for side in rows[0][0].size)
-    letters = max(11, min(18, width // 8))
-    font = ImageFont.load_default(letters)
-    head = int(letters * 1.8) if titles else 0
+    font = ImageFont.load_default(letter_size(width))
     columns = max(len(row) for row in rows)
     left = gap + max((2 * gap + int(font.getlength(name)) for name in names), default=0)
-    sheet = Image.new("RGB", (left + columns * (width + gap), head + gap + len(rows) * (height + gap)), "white")
+    whole = contact_sheet_size((width, height), columns, len(rows), bool(titles), left, gap)
+    head = whole[1] - gap - len(rows) * (height + gap)
+    sheet = Image.new("RGB", whole, "white")
     draw = ImageDraw.Draw(sheet)
     for y, name in enumerate(names):
         draw.text((left - 2 * gap, head + gap + y * (height + gap) + height / 2), name, "black", font, anchor="rm")
@@ -146,7 +193,7 @@ def contact_sheet(
     return sheet
 
 
-def strip(pictures: Sequence[Image.Image], titles: Sequence[str], across: int = 8) -> Image.Image:
+def strip(pictures: Sequence[Image.Image], titles: Sequence[str], across: int = ACROSS) -> Image.Image:
     """Equally large pictures, each under its own title, in rows of `across`."""
     places = range(0, len(pictures), across)
     rows = [contact_sheet([pictures[start : start + across]], titles[start : start + across]) for start in places]

@@ -31,6 +31,7 @@ from isonext.utils.distributed import rank
 from isonext.utils.io import folder_lock, in_background
 
 BATCH = 16  # pictures at once
+LONGEST_NAME = 255  # bytes, on the file systems that are in use
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Report:
     kept: int = 0
     removed: int = 0
     skipped: list[str] = field(default_factory=list)  # one line a bad picture
+    left_out: Counter[str] = field(default_factory=Counter)  # other files by suffix
     seconds: float = 0.0  # of the encoding
 
 
@@ -62,8 +64,10 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
     of it are shared out between them, so that the bits are those of one process.
     """
     raw_root = Path(config.data.raw_data_root)
-    styles = find_styles(raw_root, config.data.num_classes)
+    left_out: Counter[str] = Counter()
+    styles = find_styles(raw_root, config.data.num_classes, left_out)
     pictures = {f"{style}/{name.as_posix()}.pt": raw_root / style / name for style in styles for name in styles[style]}
+    unnamable = _take_out_long_names(pictures) if config.data.format == "pt" else []
     groups = group_pictures(pictures, raw_root, config.data.split_by)
     codec = load_autoencoder(config.autoencoder.name, device)
     if distributed.is_main() and (hint := held_out_hint(raw_root, styles)):
@@ -78,10 +82,18 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
         if distributed.is_main():
             seconds = time.perf_counter() - started
             report = _tally(work, {entry: reason for share in shares for entry, reason in share.items()}, pictures)
-            report.seconds = seconds
+            report.seconds, report.left_out = seconds, left_out
+            report.skipped += unnamable
             _check_styles(raw_root, report.meta.latents.styles, pictures, report.skipped)
             _complete(work.store, {entry: groups[entry] for entry in pictures}, config.data.val_fraction)
         return distributed.from_main(report)
+
+
+def _take_out_long_names(pictures: dict[str, Path]) -> list[str]:
+    """Take out of entry -> picture those of which the entry's file cannot be named; returns a line for each."""
+    long = [entry for entry in pictures if len(os.fsencode(entry.rpartition("/")[2])) > LONGEST_NAME]
+    why = f"its name is longer than {LONGEST_NAME - 3} bytes; shorten it, or use --format safetensors"
+    return [f"{pictures.pop(entry)}: {why}" for entry in long]
 
 
 #################################################################################
@@ -169,9 +181,10 @@ class SquarePictures(Dataset):
     def __getitem__(self, item: int) -> tuple[int, Tensor | None, list[int] | str]:
         path = self.paths[item]
         try:
-            source = fingerprint(path)
-            return item, images.to_bytes(images.square(images.open_picture(path), self.size)), source
-        except (UserError, OSError) as error:
+            with images.one_picture(path):
+                source = fingerprint(path)
+                return item, images.to_bytes(images.open_square(path, self.size)), source
+        except UserError as error:
             return item, None, str(error)
 
 
@@ -293,3 +306,5 @@ def print_report(report: Report, root: Path, echo: Callable[[str], None] = print
         echo(f"skipped: {reason}")
     if report.skipped:
         echo(f"{len(report.skipped)} pictures were skipped")
+    if report.left_out:
+        echo(images.left_out_line(report.left_out))

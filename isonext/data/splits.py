@@ -62,7 +62,9 @@ def held_out(names: Iterable[str], fraction: float) -> set[str]:
     A hash, not a shuffle, so that adding pictures never moves one from validation to training. Few pictures may
     leave the split empty; that of the highest hash is always trained on, so that no style is held out whole.
     """
-    rank = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
+    rank = {
+        name: int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8], 16) / 2**32 for name in names
+    }
     limit = min(fraction, max(rank.values(), default=0))
     return {name for name, value in rank.items() if value < limit}
 

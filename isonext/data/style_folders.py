@@ -1,5 +1,6 @@
 """The folders of pictures: which ones are the styles, and which of them look as if they were none."""
 
+from collections import Counter
 from pathlib import Path
 
 from isonext.data import images
@@ -10,18 +11,25 @@ SPLIT_NAMES = ("train", "test", "val", "valid", "validation", "holdout")
 Styles = dict[str, list[Path]]  # name -> its pictures, relative to its folder
 
 
-def find_styles(raw_root: Path, expected: int | None) -> Styles:
-    """The folders are the styles, in natural order; `expected` is how many there must be, where the config says so."""
+def find_styles(raw_root: Path, expected: int | None, left_out: Counter[str] | None = None) -> Styles:
+    """The folders are the styles, in natural order; `expected` is how many there must be, where the config says so.
+
+    `left_out` is told of other files as by `images.find_pictures`.
+    """
     if not raw_root.is_dir():
         raise UserError(f"{raw_root}: no such folder; put one folder of pictures a style there (data.raw_data_root)")
     folders = [path for path in raw_root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    styles = {path.name: images.find_pictures(path) for path in sorted(folders, key=lambda p: natural_order(p.name))}
+    folders.sort(key=lambda path: natural_order(path.name))
+    if left_out is not None:
+        beside = [path for path in raw_root.iterdir() if not (path.is_dir() or path.name.startswith("."))]
+        left_out.update(f"{path.suffix.lower()} beside the folders" for path in beside)
+    styles = {path.name: images.find_pictures(path, left_out) for path in folders}
     if not styles:
         raise UserError(f"{raw_root}: holds no folders; make one folder of pictures a style there")
     hint = held_out_hint(raw_root, styles)
     for name, pictures in styles.items():
         if not pictures:
-            raise UserError(f"{raw_root / name}: holds no pictures ({' '.join(images.SUFFIXES)}); fill or remove it")
+            raise UserError(f"{raw_root / name}: holds no pictures ({' '.join(images.READABLE)}); fill or remove it")
         if _repeats_styles(name, styles) and all(len(path.parts) > 1 for path in pictures):
             raise UserError(f"{raw_root / name}: has no pictures but those in folders named like other styles; {hint}")
     if expected not in (None, len(styles)):

@@ -137,49 +137,67 @@ def load_styles(
     size: int,  # pixels, square
     limit: int | None = None,  # pictures a style
     names: dict[str, list[Path]] | None = None,  # those of each style; all there are if None
+    skipped: list[str] | None = None,  # is told of bad pictures, which are printed too
 ) -> Pictures:
     """One folder a style; every style must be there, bad pictures are skipped.
 
     A picture is called after its file, without suffix; where two of one style differ in that alone, with it.
     """
-    found = {style: names[style] if names else images.find_pictures(root / style) for style in styles}
+    found = names or _find(root, styles)
     counts = [Counter(path.with_suffix("") for path in paths) for paths in found.values()]
     shared = {stem for tally in counts for stem, count in tally.items() if count > 1}
     pictures: Pictures = {}
     for style, paths in found.items():
         pictures[style] = {}
-        for path, pixels in _opened(root / style, size, limit, paths):
+        for path, pixels in _opened(root / style, size, limit, paths, skipped):
             stem = path.with_suffix("")
             pictures[style][(path if stem in shared else stem).as_posix()] = pixels
     return pictures
 
 
-def encode_styles(pipeline: Pipeline, root: Path, names: dict[str, list[Path]] | None = None) -> dict[str, Tensor]:
+def encode_styles(
+    pipeline: Pipeline,
+    root: Path,
+    names: dict[str, list[Path]] | None = None,
+    skipped: list[str] | None = None,
+) -> dict[str, Tensor]:
     """Style -> the standardised latents (N, C, h, w) of its pictures: as `load_styles`, but a batch at a time.
 
     Training pictures may be more than memory holds; their latents are some fifty times smaller.
     """
-    latents = {}
-    for style in pipeline.spec.styles:
-        chosen, parts = names[style] if names else None, []
-        pictures = _opened(root / style, pipeline.spec.image_size, None, chosen)
+    latents, found = {}, names or _find(root, pipeline.spec.styles)
+    for style, paths in found.items():
+        parts, pictures = [], _opened(root / style, pipeline.spec.image_size, None, paths, skipped)
         while batch := [pixels for _, pixels in islice(pictures, BATCH)]:
             parts.append(pipeline.encode(torch.stack(batch)).cpu())
         latents[style] = torch.cat(parts)
     return latents
 
 
-def _opened(folder: Path, size: int, limit: int | None, names: list[Path] | None) -> Iterator[tuple[Path, Tensor]]:
-    """The pictures of a folder, all there are if `names` is None, each as its name in it and its pixels."""
+def _find(root: Path, styles: Sequence[str]) -> dict[str, list[Path]]:
+    """Style -> the names of its pictures in its folder; says what was left out."""
+    left_out = Counter[str]()
+    found = {style: images.find_pictures(root / style, left_out) for style in styles}
+    if left_out:
+        print(f"{root}: {images.left_out_line(left_out)}")
+    return found
+
+
+def _opened(
+    folder: Path, size: int, limit: int | None, names: list[Path], skipped: list[str] | None
+) -> Iterator[tuple[Path, Tensor]]:
+    """The pictures of a folder, each as its name in it and its pixels."""
     found = False
-    for name in (images.find_pictures(folder) if names is None else names)[:limit]:
+    for name in names[:limit]:
         try:
-            picture = images.square(images.open_picture(folder / name), size)
+            pixels = images.to_bytes(images.open_square(folder / name, size))
         except UserError as error:
             print(f"skipped: {error}")
+            if skipped is not None:
+                skipped.append(str(error))
             continue
         found = True
-        yield name, images.to_pixels(images.to_bytes(picture))
+        yield name, images.to_pixels(pixels)
     if not found:
         raise UserError(f"{folder}: no pictures of style {folder.name}; --data needs a folder for each style")
 

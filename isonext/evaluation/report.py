@@ -180,7 +180,9 @@ def write_report(evaluator: Evaluator, results: list[Evaluation], folder: Path) 
         beside.write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")
     with written_whole(folder / "report.md") as beside:
         settings = "\n".join(f"{result.name}: {_settings(result.settings)}" for result in results)
-        beside.write_text(f"{settings}\n\n{report_text(evaluator, results)}\n", encoding="utf-8")
+        beside.write_text(
+            f"{settings}\n\n{report_text(evaluator, results)}\n", encoding="utf-8", errors="backslashreplace"
+        )
     if len(results) > 1:
         plot_front(results, folder / "front.png")
         return [folder / "front.png"]

@@ -35,7 +35,8 @@ def evaluate(options: EvaluateOptions) -> int:
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be 1 or more")
     runs = load_runs(options)
-    evaluator = load_evaluator(options, runs[0])
+    skipped: list[str] = []
+    evaluator = load_evaluator(options, runs[0], skipped)
     results = [
         evaluator.measure(run.pipeline, run.settings, run.name, quick=options.quick)
         for run in tqdm(runs, desc="evaluations", disable=len(runs) == 1 or None)
@@ -43,7 +44,7 @@ def evaluate(options: EvaluateOptions) -> int:
     pictures = write_report(evaluator, results, options.output)
     print(report_text(evaluator, results))
     print(f"written to {options.output}; look at {', '.join(path.name for path in pictures)}")
-    return 0
+    return 1 if skipped else 0  # done, but not for every picture
 
 
 def load_runs(options: EvaluateOptions) -> list[Run]:
@@ -65,26 +66,26 @@ def load_runs(options: EvaluateOptions) -> list[Run]:
     return runs
 
 
-def load_evaluator(options: EvaluateOptions, run: Run) -> Evaluator:
-    """What measures all runs, from the pictures of the first one."""
+def load_evaluator(options: EvaluateOptions, run: Run, skipped: list[str]) -> Evaluator:
+    """What measures all runs, from the pictures of the first one; `skipped` is told of bad ones."""
     perceptual = None if options.quick else Perceptual(run.pipeline.spec.image_size)
-    train, test = load_pictures(options, run)
+    train, test = load_pictures(options, run, skipped)
     return Evaluator(run.pipeline, train, test, options.pairs, perceptual)
 
 
-def load_pictures(options: EvaluateOptions, run: Run) -> tuple[dict[str, Tensor], Pictures]:
+def load_pictures(options: EvaluateOptions, run: Run, skipped: list[str]) -> tuple[dict[str, Tensor], Pictures]:
     """Training latents and test pictures: from folders, or by the split of the store that the checkpoint is of."""
     spec, data = run.pipeline.spec, run.config.data
     root = options.train_data or Path(data.raw_data_root)
     if options.data:
-        test = load_styles(options.data, spec.styles, spec.image_size, options.limit)
-        return encode_styles(run.pipeline, root), test
+        test = load_styles(options.data, spec.styles, spec.image_size, options.limit, skipped=skipped)
+        return encode_styles(run.pipeline, root, skipped=skipped), test
     split = open_store(Path(data.data_root)).split
     if not split["val"]:
         raise UserError(f"{data.data_root}: has no validation split; give held-out pictures with --data")
     train, val = (_by_style(split[part], spec.styles) for part in ("train", "val"))
-    test = load_styles(root, spec.styles, spec.image_size, options.limit, val)
-    return encode_styles(run.pipeline, root, train), test
+    test = load_styles(root, spec.styles, spec.image_size, options.limit, val, skipped)
+    return encode_styles(run.pipeline, root, train, skipped), test
 
 
 def _by_style(entries: list[str], styles: list[str]) -> dict[str, list[Path]]:

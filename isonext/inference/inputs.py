@@ -3,7 +3,11 @@
 Reading and writing pictures run in threads beside the network, so that it does not wait for them.
 """
 
-from collections.abc import Iterator
+import contextlib
+import errno
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -15,11 +19,13 @@ from torch import Tensor
 from isonext.data import images
 from isonext.data.pt_store import read_latent
 from isonext.data.store import read_meta
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
 from isonext.utils.io import THREADS, ahead
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass
@@ -39,20 +45,36 @@ class Batch:
     size: tuple[int, int]  # of the pictures: height, width
 
 
-def find_jobs(source: Path, output: Path) -> list[Job]:
-    """A file to a file, or every picture below a folder to the same name below another."""
+def find_jobs(source: Path, output: Path, left_out: Counter[str] | None = None) -> list[Job]:
+    """A file to a file, or every picture below a folder to the same name below another (see `result_name`).
+
+    `left_out` is told of other files as by `images.find_pictures`.
+    """
     if not source.exists():
         raise UserError(f"--input {source}: no such file or folder")
-    if output.resolve().is_relative_to(source.resolve()):  # the same file, the same folder, or one inside it
+    if real(output).is_relative_to(real(source)):  # the same file, the same folder, or one inside it
         raise UserError(f"--output {output}: lies on or in --input, which would be overwritten; choose another place")
     if not source.is_dir():
         return [Job(source, picture_path(output))]
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file, but --input is a folder; give a folder")
-    pictures = images.find_pictures(source)
+    pictures = images.find_pictures(source, left_out)
     if not pictures:
-        raise UserError(f"--input {source}: holds no pictures ({' '.join(images.SUFFIXES)})")
-    return [Job(source / name, output / name) for name in pictures]
+        raise UserError(f"--input {source}: holds no pictures ({' '.join(images.READABLE)})")
+    for folder in {source / name.parent for name in pictures}:
+        if real(folder).is_relative_to(real(output)):
+            raise UserError(f"--output {output}: {folder} of --input lies there, by a link; choose another place")
+    return [Job(source / name, output / result_name(name)) for name in pictures]
+
+
+def real(path: Path) -> Path:
+    """`path.resolve()`, which raises where links lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
+def result_name(name: Path) -> Path:
+    """The same, with `.png` behind it where its suffix is one that is read but not written."""
+    return name if name.suffix.lower() in images.SUFFIXES else name.with_name(f"{name.name}.png")
 
 
 def picture_path(output: Path) -> Path:
@@ -91,6 +113,7 @@ def load_batches(
     resize: int | None,  # pixels of the short side
     batch_size: int,
     skipped: list[str] | None,  # is told of bad pictures; None raises instead
+    on_sheet: int = 1,  # pictures that a result shows, see `images.strip`
 ) -> Iterator[Batch]:
     """This process's share of the batches of pictures of one size. For a compiled network they are filled up: one
     shape, one graph.
@@ -102,8 +125,7 @@ def load_batches(
 
     def read(item: tuple[int, Job]) -> tuple[int, Job, Image.Image | UserError]:
         try:
-            picture = images.open_picture(item[1].source)
-            picture = images.resize_short_side(picture, resize) if resize else picture
+            picture = read_picture(item[1], resize, on_sheet)
             pipeline.check_size(item[1].source, picture.size)
             return *item, picture
         except UserError as error:
@@ -120,10 +142,43 @@ def load_batches(
 
     for (_, (width, height)), group in groupby(good(), key=lambda item: (item[0], item[2].size)):
         _, batch, pictures = zip(*group, strict=True)
-        rows = [images.to_bytes(picture) for picture in pictures]
-        rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
-        latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
-        yield Batch(list(batch), latents, (height, width))
+        latents = None
+        with skipping(batch, "encoded", skipped):
+            rows = [images.to_bytes(picture) for picture in pictures]
+            rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
+            latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
+        if latents is not None:
+            yield Batch(list(batch), latents, (height, width))
+
+
+def read_picture(job: Job, resize: int | None, on_sheet: int) -> Image.Image:
+    """The picture of a job at the size that is asked for; UserError where it or its result would be of no use."""
+    with images.one_picture(job.source):
+        picture = images.open_picture(job.source)
+        if resize:
+            images.refuse_enlarged(picture.size, resize)
+            picture = images.resize_short_side(picture, resize)
+        try:
+            images.refuse_unwritable(job.output, images.strip_size(picture.size, on_sheet))
+        except UserError as error:
+            raise UserError(f"{job.source}: its result {error}") from None
+        return picture
+
+
+@contextlib.contextmanager
+def skipping(jobs: Sequence[Job], verb: str, skipped: list[str] | None) -> Iterator[None]:
+    """Within, what goes wrong is a line for each of the jobs, pictures of a folder; where that is None, it is raised.
+
+    What a disk does not take is not the picture's fault, and the next one would fare no better.
+    """
+    try:
+        yield
+    except Exception as error:
+        if skipped is None or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+            raise
+        less = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error)
+        advice = "; a smaller --size or --batch_size takes less" if less else ""
+        skipped += [f"{job.source}: cannot be {verb} ({first_line(error)}){advice}" for job in jobs]
 
 
 def load_stored_latent(job: Job, pipeline: Pipeline) -> Batch:

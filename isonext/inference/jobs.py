@@ -1,7 +1,9 @@
 """What inference.py does: pictures transferred, a kept structure in other styles, the original of one back."""
 
 import math
+import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from isonext.evaluation.metrics import ssim
 from isonext.flow.certificate import digest, likely_cause
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted, Transfer, TransferSettings
-from isonext.inference.inputs import Batch, Job, find_jobs, load_batches, load_stored_latent, picture_path
+from isonext.inference.inputs import Batch, Job, find_jobs, load_batches, load_stored_latent, picture_path, skipping
 from isonext.inference.options import RestoreOptions, RestyleOptions, TransferOptions
 from isonext.inference.plan import Plan, Target, open_pipeline, plan_restyle, plan_transfer
 from isonext.inference.structure_file import Structure, fixed_bits, load_structure, refuse_other_bits, save_structure
@@ -56,20 +58,19 @@ def transfer_pictures(options: TransferOptions) -> int:
     is_folder = options.input.is_dir()
     if not is_folder:
         distributed.refuse_several("one picture")
-    jobs = find_jobs(options.input, options.output)
+    left_out: Counter[str] = Counter()
+    jobs = find_jobs(options.input, options.output, left_out)
     # What is left to do is seen before anybody does it.
-    todo = distributed.from_main([job for job in jobs if options.overwrite or not is_folder or not job.output.exists()])
+    todo = distributed.from_main(
+        [job for job in jobs if options.overwrite or not is_folder or not os.path.exists(job.output)]
+    )
     plan = plan_transfer(options, len(todo))
     refuse_collisions(jobs, plan)
     skipped: list[str] | None = [] if is_folder else None
-    if options.input.suffix == ".pt" and not is_folder:
-        batches: Iterable[Batch] = [load_stored_latent(todo[0], plan.pipeline)]
-    else:
-        batch_size = options.network.batch_size if is_folder and options.min_structure is None else 1
-        batches = load_batches(todo, plan.pipeline, options.size, batch_size, skipped)
+    batches = read_inputs(options, todo, plan, skipped)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
-        report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()))
+        report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()), skipped)
     report.skipped = sorted(skipped or ())
     report = combine_reports(report, plan)
     seconds = time.perf_counter() - started
@@ -81,7 +82,18 @@ def transfer_pictures(options: TransferOptions) -> int:
     print(f"written to {options.output}{frames}")
     for reason in report.skipped:
         print(f"skipped: {reason}")
+    if left_out:
+        print(images.left_out_line(left_out))
     return certificate_status(plan, 1 if report.skipped else 0)
+
+
+def read_inputs(options: TransferOptions, todo: list[Job], plan: Plan, skipped: list[str] | None) -> Iterable[Batch]:
+    """The batches of what is left to do; `skipped`, of a folder, is told of bad pictures."""
+    if options.input.suffix == ".pt" and skipped is None:
+        return [load_stored_latent(todo[0], plan.pipeline)]
+    batch_size = options.network.batch_size if skipped is not None and options.min_structure is None else 1
+    on_sheet = 1 if len(plan.targets) == 1 else 1 + len(plan.targets)
+    return load_batches(todo, plan.pipeline, options.size, batch_size, skipped, on_sheet)
 
 
 def restyle_structure(options: RestyleOptions) -> int:
@@ -89,6 +101,7 @@ def restyle_structure(options: RestyleOptions) -> int:
     distributed.refuse_several("one picture")
     job = Job(options.structure, picture_path(options.output))
     structure = load_structure(options.structure)
+    images.refuse_unwritable(job.output, structure.size[::-1])
     plan = plan_restyle(options, structure)
     refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint", "autoencoder"))
     pipeline, source, settings = plan.pipeline, plan.source, plan.settings
@@ -116,6 +129,7 @@ def restore_picture(options: RestoreOptions) -> int:
     """A structure file back to its original's latents, bit for bit; returns the exit status."""
     distributed.refuse_several("one picture")
     output, structure = picture_path(options.output), load_structure(options.structure)
+    images.refuse_unwritable(output, structure.size[::-1])
     pipeline, _ = open_pipeline(options.network, structure)
     refuse_other_bits(structure, pipeline, options.structure)
     source = pipeline.spec.style_id(structure.source)
@@ -141,20 +155,33 @@ def move(state: LatticeState, device: torch.device) -> LatticeState:
 #################################################################################
 
 
-def transfer_batches(batches: Iterable[Batch], plan: Plan, total: int) -> Report:
+def transfer_batches(
+    batches: Iterable[Batch],
+    plan: Plan,
+    total: int,  # pictures, for the bar
+    skipped: list[str] | None,  # is told of pictures that cannot be transferred or saved; None raises instead
+) -> Report:
     """Transfer and save every batch; the next one is read and the last one is written meanwhile."""
     report, pipeline = Report(), plan.pipeline
+    saved: list[Job] = []
+
+    def save(job: Job, before: Tensor | None, results: list[Tensor]) -> None:
+        with skipping([job], "saved", skipped):
+            save_results(job, before, results, plan)
+            saved.append(job)
+
     with_before, quiet = plan.compare or len(plan.targets) > 1, None if distributed.is_main() else True
     with tqdm(total=total, desc="transfer", unit="picture", disable=quiet) as bar, in_background(32) as submit:
         for batch in batches:
-            transfers = transfer_batch(batch, plan, report)
-            results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
-            before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
-            for row, job in enumerate(batch.jobs):
-                picture = None if before is None else before[row]
-                submit(save_results, job, picture, [result[row] for result in results], plan)
-            report.done += len(batch.jobs)
+            with skipping(batch.jobs, "transferred", skipped):
+                transfers = transfer_batch(batch, plan, report)
+                results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
+                before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
+                for row, job in enumerate(batch.jobs):
+                    picture = None if before is None else before[row]
+                    submit(save, job, picture, [result[row] for result in results])
             bar.update(len(batch.jobs))
+    report.done = len(saved)
     return report
 
 
@@ -252,11 +279,12 @@ def compare_path(job: Job) -> Path:
 
 def refuse_collisions(jobs: list[Job], plan: Plan) -> None:
     """No result may take the place of an input, or of another result."""
-    taken = {job.source.resolve(): job.source for job in jobs}
+    taken = {os.path.realpath(job.source): job.source for job in jobs}
     for job in jobs:
         for path in result_paths(job, plan):
-            other = taken.setdefault(path.resolve(), job.source)
-            if other is not job.source or path.resolve() == job.source.resolve():
+            real = os.path.realpath(path)
+            other = taken.setdefault(real, job.source)
+            if other is not job.source or real == os.path.realpath(job.source):
                 raise UserError(
                     f"{path}: would be written for {job.source}, but belongs to {other}; rename one of them"
                 )

@@ -45,7 +45,7 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
     if rank():  # of several processes the first one speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file tells as it goes, not at the end
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a name may hold what it cannot show
     status, message = _outcome(main, args)
     if status and rank():
         # The launcher ends all processes as soon as one has failed. What is wrong everywhere is then said once, by

@@ -33,7 +33,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = f"{os.getpid()}_{next(_COUNT)}"  # names that begin alike may be written at once
-    beside = path.with_name(f".{path.stem[:32]}{MARK}{writer}{path.suffix}")  # names may be 255 bytes long
+    short = os.fsencode(path.stem)[:64].decode(errors="ignore")  # names may be 255 bytes long
+    beside = path.with_name(f".{short}{MARK}{writer}{path.suffix}")
     try:
         yield beside
         with open(beside, "rb+") as file:

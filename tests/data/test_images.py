@@ -1,7 +1,10 @@
 import io
 import math
+import struct
 import time
 import warnings
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,6 +261,94 @@ def test_pictures_are_found_in_any_case_nested_sorted_and_hidden_ones_are_not(tm
         (tmp_path / name).touch()
     found = [path.as_posix() for path in images.find_pictures(tmp_path)]
     assert found == ["a.jpg", "b.PNG", "e.bmp", "f.tiff", "sub/c.Jpeg", "sub/deeper/d.TIF", "z.webp"]
+
+
+def linked(tmp_path, name: str, target) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).symlink_to(target)
+
+
+def test_linked_folders_and_files_are_followed_and_a_dead_link_is_not_passed_over(tmp_path):
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "folder").mkdir()
+    for name in ("elsewhere/a.png", "elsewhere/deep/b.gif", "folder/c.jpg"):
+        (tmp_path / name).touch()
+    linked(tmp_path, "folder/more", tmp_path / "elsewhere")
+    linked(tmp_path, "folder/d.png", tmp_path / "elsewhere/a.png")
+    linked(tmp_path, "folder/gone.png", tmp_path / "nowhere.png")
+    found = [path.as_posix() for path in images.find_pictures(tmp_path / "folder")]
+    assert found == ["c.jpg", "d.png", "gone.png", "more/a.png", "more/deep/b.gif"]
+    with pytest.raises(images.BadPicture, match=r"gone\.png: no such picture"):
+        images.open_picture(tmp_path / "folder/gone.png")
+
+
+@pytest.mark.parametrize(("name", "target"), [("self", "."), ("deep/up", ".."), ("deep/again", "../other")])
+def test_links_in_a_circle_and_to_a_folder_that_is_there_already_are_one_line(tmp_path, name, target):
+    for folder in ("deep", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").touch()
+    linked(tmp_path, name, target)
+    with pytest.raises(UserError, match=r"is the same folder as .*, by a link; remove the link") as caught:
+        images.find_pictures(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_link_to_itself_is_a_picture_that_cannot_be_read(tmp_path):
+    linked(tmp_path, "a.png", "a.png")
+    assert images.find_pictures(tmp_path) == [Path("a.png")]
+    with pytest.raises(images.BadPicture, match=r"a\.png: "):
+        images.open_picture(tmp_path / "a.png")
+
+
+def test_other_files_are_counted_by_suffix_and_told_in_one_line(tmp_path):
+    names = ["a.png", "b.txt", "c.TXT", "sub/d.txt", "sub/e.heic2", "README", ".hidden.txt", ".git/x.py"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    left_out = Counter()
+    images.find_pictures(tmp_path, left_out)
+    assert left_out == {".txt": 3, ".heic2": 1, "": 1}
+    line = images.left_out_line(left_out)
+    assert line.startswith("left out by suffix: 3 .txt, ") and "1 .heic2" in line and "1 without a suffix" in line
+    many = images.left_out_line(Counter({f".{number}": 2 for number in range(1000)} | {".heic": 5}))
+    assert many.startswith("left out by suffix: 5 .heic, 2 .") and "1986 others; .heic wants pip install" in many
+
+
+@pytest.mark.parametrize(("suffix", "most"), [(".jpg", 65500), (".jfif", 65500), (".webp", 16383)])
+def test_a_side_too_long_for_the_format_is_refused_before_it_is_written(tmp_path, suffix, most):
+    images.save_picture(Image.new("RGB", (most, 1)), tmp_path / f"most{suffix}")
+    for size in ((most + 1, 1), (1, most + 1)):
+        with pytest.raises(UserError, match=rf"a{suffix}: would have {size[0]} x {size[1]} pixels.* at most {most} a"):
+            images.refuse_unwritable(tmp_path / f"a{suffix}", size)
+        with pytest.raises(UserError, match="would have"):
+            images.save_picture(Image.new("RGB", size), tmp_path / f"a{suffix}")
+    images.refuse_unwritable(tmp_path / "a.png", (most + 1, 1))
+
+
+@pytest.mark.parametrize(("size", "short"), [((1, 5000), 512), ((5000, 1), 512), ((64, 64), 100000)])
+def test_enlarging_beyond_bounds_is_refused_and_reducing_is_not(size, short):
+    with pytest.raises(ValueError, match="by enlarging"):
+        images.refuse_enlarged(size, short)
+    images.refuse_enlarged((20000, 10000), 9000)
+    images.refuse_enlarged((1, 100), 512)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (300, 10)])
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 20])
+def test_the_size_of_a_strip_is_known_before_it_is_made(count, size):
+    made = images.strip([Image.new("RGB", size)] * count, ["n"] * count) if count > 1 else Image.new("RGB", size)
+    assert images.strip_size(size, count) == made.size
+
+
+@pytest.mark.parametrize("error", [struct.error("bad"), OSError("encoder error -2"), RuntimeError(""), MemoryError()])
+def test_whatever_an_encoder_raises_is_one_line_with_the_path(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("PIL.Image.Image.save", fail)
+    with pytest.raises(UserError, match=r"a\.png: cannot be written \("):
+        images.save_picture(Image.new("RGB", (2, 2)), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".txt", ""])

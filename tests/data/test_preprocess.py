@@ -1,6 +1,8 @@
+import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,12 @@ from PIL import Image
 
 from helpers import ROOT, call
 from isonext.config import config_to_dict
+from isonext.data import images
 from isonext.data import preprocess as preprocessing
 from isonext.data.autoencoder import DctCodec, load_autoencoder
-from isonext.data.dataset import load_split, open_store
+from isonext.data.dataset import load_split, open_store, own_store
 from isonext.data.preprocess import preprocess
+from isonext.data.splits import held_out
 from isonext.data.store import read_meta
 from isonext.errors import UserError
 from isonext.utils.io import folder_lock
@@ -258,6 +262,57 @@ def test_bad_pictures_are_skipped_by_name_and_odd_ones_go_through(tmp_path, draw
     red = load_autoencoder("dct", cpu).encode(torch.tensor([1.0, -1, -1])[:, None, None].expand(1, 3, 16, 16))[0]
     for name in ("one", "strip"):
         torch.testing.assert_close(entries(tmp_path / "latents")[f"ink/{name}.png.pt"]["latent"], red)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+@pytest.mark.parametrize("layout", ["pt", "safetensors"])
+def test_names_that_are_not_utf8_go_through_and_one_too_long_for_an_entry_is_that_picture_s_line(
+    tmp_path, draw, make_config, cpu, layout
+):
+    long, odd = f"{'é' * 125}a.png", os.fsdecode(b"caf\xe9.png")
+    for number, name in enumerate([long, odd, "plain.png", "other.png"]):
+        draw(tmp_path / "raw" / "ink" / name, seed=number)
+    assert len(os.fsencode(long)) == 255
+    for _ in range(2):
+        report = preprocess(make_config(tmp_path, {"data.format": layout}), cpu, quiet=True)
+        why = "its name is longer than 252 bytes; shorten it, or use --format safetensors"
+        lines = [f"{tmp_path / 'raw' / 'ink' / long}: {why}"] if layout == "pt" else []
+        assert report.skipped == lines
+        assert report.encoded + report.kept == 4 - len(lines)
+    meta = open_store(tmp_path / "latents")
+    names = meta.split
+    assert f"ink/{odd}.pt" in names["train"] + names["val"]
+    assert len(own_store(tmp_path / "latents", meta).load("train", 2**30)[0]) == len(names["train"])
+
+
+def test_a_split_by_names_that_are_utf8_is_what_it_was():
+    names = [f"ink/{number}é.png" for number in range(40)]
+    by_hand = {n for n in names if int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) / 2**32 < 0.3}
+    assert held_out(names, 0.3) == by_hand
+
+
+def test_whatever_one_picture_raises_is_its_line(tmp_path, draw, make_config, cpu, monkeypatch):
+    for number in range(4):
+        draw(tmp_path / "raw" / "ink" / f"{number}.png", seed=number)
+    real = images.square
+
+    def square(picture, size):
+        if picture.getpixel((0, 0)) == first:
+            raise MemoryError
+        return real(picture, size)
+
+    first = Image.open(tmp_path / "raw" / "ink" / "2.png").getpixel((0, 0))
+    monkeypatch.setattr(images, "square", square)
+    report = preprocess(make_config(tmp_path), cpu, quiet=True)
+    assert report.skipped == [f"{tmp_path / 'raw' / 'ink' / '2.png'}: cannot be read (MemoryError)"]
+
+
+def test_what_was_left_out_is_the_last_line(store, make_config, capsys):
+    (store / "c.json").write_text(json.dumps(config_to_dict(make_config(store))))
+    for name in ("ink/a.txt", "ink/b.txt", "oil/c.psd"):
+        (store / "raw" / name).touch()
+    assert main(build_parser().parse_args(["--config", str(store / "c.json"), "--device", "cpu"])) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "left out by suffix: 2 .txt, 1 .psd"
 
 
 def test_the_command_ends_with_status_1_after_a_bad_picture_and_0_without(store, make_config, capsys):

@@ -1,6 +1,7 @@
 """Which folders are styles, and what is said of those that look like held-out pictures."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -36,6 +37,15 @@ def test_several_suspects_are_named_together(tmp_path):
 def test_a_folder_that_repeats_other_styles_is_suspected_whatever_its_name(tmp_path):
     fill(tmp_path, "extra")
     assert hint(tmp_path, "monet", "photo", "extra/monet").startswith(f"{tmp_path / 'extra'} looks like a folder of")
+
+
+def test_files_beside_the_folders_are_counted_with_those_that_are_no_pictures(tmp_path):
+    fill(tmp_path, "monet", "photo")
+    for name in ("a.PNG", "b.png", ".c.png", "photo/notes.txt"):
+        (tmp_path / name).touch()
+    left_out = Counter()
+    find_styles(tmp_path, None, left_out)
+    assert left_out == {".png beside the folders": 2, ".txt": 1}
 
 
 def test_folders_that_are_all_splits_mean_a_root_one_too_high(tmp_path):

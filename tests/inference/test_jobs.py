@@ -1,5 +1,6 @@
 """Transfers as commands: what is certified, kept, restored, interpolated, bounded, and what is refused."""
 
+import errno
 import hashlib
 import json
 import re
@@ -14,6 +15,7 @@ from PIL import Image
 
 from helpers import CHECKPOINT, call, refused
 from isonext.data import images
+from isonext.errors import first_line
 from isonext.evaluation.metrics import ssim
 from isonext.flow.solvers import LATTICE
 from isonext.inference import jobs, structure_file
@@ -803,10 +805,39 @@ def test_a_result_that_cannot_be_written_is_one_line_for_a_picture_and_for_a_fol
     assert not (tmp_path / "out").exists() and not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("where", ["transfer_batch", "save_results"])
+@pytest.mark.parametrize(
+    "error", [TypeError("odd"), MemoryError(), RecursionError("too deep"), OSError(36, "too long")]
+)
+def test_what_one_picture_s_transfer_or_result_raises_is_its_line(infer, tmp_path, album, monkeypatch, where, error):
+    real = getattr(jobs, where)
+
+    def fail(first, *others):
+        if (first.jobs[0] if where == "transfer_batch" else first).source.name == "b.png":
+            raise error
+        return real(first, *others)
+
+    monkeypatch.setattr(jobs, where, fail)
+    flags = ("--num_steps", "1", "--input", album, "--output", tmp_path / "out", "--batch_size", "1")
+    out = out_of(infer(*TO_WARM, *flags), 1)
+    verb = "transferred" if where == "transfer_batch" else "saved"
+    assert "3 made" in out and f"skipped: {album / 'b.png'}: cannot be {verb} ({first_line(error)})" in out
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.png")) == ["a.png", "c.png", "d.png"]
+
+
+def test_a_full_disk_ends_a_folder(infer, tmp_path, album, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jobs, "save_results", fail)
+    refused(infer(*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out"), "No space left")
+
+
 def test_a_file_in_the_way_of_one_result_of_a_folder_is_one_line_that_names_it(infer, tmp_path, album):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "deep").write_text("a file where a folder should be")
-    refused(infer(*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out"), "deep")
+    out = out_of(infer(*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out"), 1)
+    assert "3 made" in out and f"skipped: {album / 'deep' / 'd.png'}: cannot be saved (" in out
     left = sorted(path.name for path in (tmp_path / "out").rglob("*"))
     assert left == ["a.png", "b.png", "c.png", "deep"], "the others are whole, and no temporary file is left"
 

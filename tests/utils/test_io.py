@@ -1,6 +1,7 @@
 import os
 import pickle
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,15 @@ def test_any_mixture_of_digits_and_letters_can_be_sorted_into_one_order(names):
     once = sorted(names, key=natural_order)
     assert sorted(names[1:] + names[:1], key=natural_order) == once
     assert sorted(once) == sorted(names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9" * 20), "\U0001f600" * 63, "é" * 125])
+def test_a_name_of_any_bytes_can_be_written(tmp_path, name):
+    with written_whole(tmp_path / name) as beside:
+        beside.write_text("whole")
+        assert beside.name.encode() and len(os.fsencode(beside.name)) < 200
+    assert (tmp_path / name).read_text() == "whole"
 
 
 def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
