@@ -27,6 +27,7 @@ from isonext.flow.transfer import Inverted, State, Transfer, TransferSettings
 from isonext.utils.device import allow_tf32, autocast, has_bf16
 from model import VelocityNetwork
 
+GRAPHS = 64  # shapes that one network may be compiled for; torch would stop at 8, guided and not guided counting twice
 Style = int | Tensor  # an id for all pictures, ids (B,), or one embedding (1, style_dim) for all
 
 
@@ -85,8 +86,23 @@ class Pipeline:
 
     def compile(self) -> None:
         """torch.compile at the next call: one graph for all steps of a leg, once for each size of batch and latent."""
+        torch._dynamo.config.recompile_limit = GRAPHS
         self.model.compile(dynamic=False)
         self.compiled = True
+
+    @contextlib.contextmanager
+    def compiled_or_not(self, wanted: bool) -> Iterator[None]:
+        """Within, the network runs without what was compiled, unless that is wanted: for one batch from its start to
+        its certificate, since other kernels give other bits."""
+        if wanted or not self.compiled:
+            yield
+            return
+        self.compiled = False
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.compiled = True
 
     #############################################################################
     #                            Pixels <-> latents                             #

@@ -17,7 +17,15 @@ from isonext.evaluation.metrics import ssim
 from isonext.flow.certificate import digest, likely_cause
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted, Transfer, TransferSettings
-from isonext.inference.inputs import Batch, Job, find_jobs, load_batches, load_stored_latent, picture_path
+from isonext.inference.inputs import (
+    Batch,
+    Job,
+    find_jobs,
+    load_batches,
+    load_stored_latent,
+    picture_path,
+    plan_batches,
+)
 from isonext.inference.options import RestoreOptions, RestyleOptions, TransferOptions
 from isonext.inference.plan import Plan, Target, open_pipeline, plan_restyle, plan_transfer
 from isonext.inference.structure_file import Structure, fixed_bits, load_structure, refuse_other_bits, save_structure
@@ -59,14 +67,10 @@ def transfer_pictures(options: TransferOptions) -> int:
     jobs = find_jobs(options.input, options.output)
     # What is left to do is seen before anybody does it.
     todo = distributed.from_main([job for job in jobs if options.overwrite or not is_folder or not job.output.exists()])
-    plan = plan_transfer(options, len(todo))
+    plan = plan_transfer(options)
     refuse_collisions(jobs, plan)
     skipped: list[str] | None = [] if is_folder else None
-    if options.input.suffix == ".pt" and not is_folder:
-        batches: Iterable[Batch] = [load_stored_latent(todo[0], plan.pipeline)]
-    else:
-        batch_size = options.network.batch_size if is_folder and options.min_structure is None else 1
-        batches = load_batches(todo, plan.pipeline, options.size, batch_size, skipped)
+    batches = read_batches(todo, options, plan, skipped)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
         report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()))
@@ -82,6 +86,25 @@ def transfer_pictures(options: TransferOptions) -> int:
     for reason in report.skipped:
         print(f"skipped: {reason}")
     return certificate_status(plan, 1 if report.skipped else 0)
+
+
+def read_batches(todo: list[Job], options: TransferOptions, plan: Plan, skipped: list[str] | None) -> Iterable[Batch]:
+    """This process's share of what is to be done; the network is compiled where that pays for a batch of them."""
+    pipeline, is_folder = plan.pipeline, options.input.is_dir()
+    batches: Iterable[Batch]
+    if options.input.suffix == ".pt" and not is_folder:
+        batches = [load_stored_latent(todo[0], pipeline, plan.compiles)]
+        compiled = batches[0].compiled
+    else:
+        batch_size = options.network.batch_size if is_folder and options.min_structure is None else 1
+        # One process reads the headers for all.
+        planned = plan_batches(todo, options.size, batch_size, plan.compiles) if distributed.is_main() else None
+        planned = distributed.from_main(planned)
+        compiled = any(batch.compiled for batch in planned)
+        batches = load_batches(planned, pipeline, options.size, batch_size, skipped)
+    if compiled:
+        pipeline.compile()
+    return batches
 
 
 def restyle_structure(options: RestyleOptions) -> int:
@@ -147,7 +170,8 @@ def transfer_batches(batches: Iterable[Batch], plan: Plan, total: int) -> Report
     with_before, quiet = plan.compare or len(plan.targets) > 1, None if distributed.is_main() else True
     with tqdm(total=total, desc="transfer", unit="picture", disable=quiet) as bar, in_background(32) as submit:
         for batch in batches:
-            transfers = transfer_batch(batch, plan, report)
+            with pipeline.compiled_or_not(batch.compiled):
+                transfers = transfer_batch(batch, plan, report)
             results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
             before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
             for row, job in enumerate(batch.jobs):
@@ -285,6 +309,8 @@ def save_results(job: Job, before: Tensor | None, results: list[Tensor], plan: P
 
 def combine_reports(report: Report, plan: Plan) -> Report:
     """The report of all processes together, and in the plan their certificate."""
+    for lines in (report.notes, report.unsolved, report.skipped):
+        lines.sort()  # whatever the order of the batches was
     (report, plan.certificate), *others = distributed.gather((report, plan.certificate))
     for other, certificate in others:
         report.include(other)

@@ -40,7 +40,9 @@ def sample_pictures(options: SampleOptions) -> int:
     pipeline, trained = open_pipeline(options.network)
     settings = sampling_settings(options, trained, pipeline.spec, pipeline.base)
     samples, size = plan_samples(options, pipeline.spec), options.network.batch_size
-    compile_where_it_pays(pipeline, options.network.compile, is_worth_compiling(trained, len(samples)))
+    evaluations = len(samples) // size * size * settings.num_steps  # at least, in full batches
+    pays = is_worth_compiling(trained, pipeline, pipeline.spec.space, evaluations)
+    compile_where_it_pays(pipeline, options.network.compile, pays)
     batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     # What is left to do is seen before anybody does it; a batch is made whole, since its bits may depend on its size.
     todo = distributed.from_main(
