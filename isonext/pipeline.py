@@ -24,7 +24,7 @@ from isonext.flow import transfer
 from isonext.flow.base import Base
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted, State, Transfer, TransferSettings
-from isonext.utils.device import allow_tf32, autocast, has_bf16
+from isonext.utils.device import allow_tf32, autocast, has_bf16, is_out_of_memory
 from model import VelocityNetwork
 
 GRAPHS = 64  # shapes that one network may be compiled for; torch would stop at 8, guided and not guided counting twice
@@ -60,10 +60,8 @@ class Pipeline:
         with autocast(self.device, self.bf16):
             try:
                 return self.model(*inputs)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # no compiler, an unsupported platform: many types, one answer
-                if not self.compiled:
+                if is_out_of_memory(error) or not self.compiled:
                     raise
                 self.compiled = False
                 self.model.uncompile()
