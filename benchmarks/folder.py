@@ -41,23 +41,23 @@ def draw_mixed(jobs: list[Job], sizes: int, step: int, folder: Path) -> list[Job
 
 
 def measure_mixed(args: argparse.Namespace) -> int:
-    """--sizes: seconds of a folder of mixed sizes by --compile off, auto and on."""
-    seconds: dict[str, list[float]] = {}
+    """--sizes: seconds of a folder of mixed sizes by --compile off, auto and on, a network for each."""
+    plans, seconds = {}, {mode: [] for mode in ("off", "auto", "on")}
     with tempfile.TemporaryDirectory() as scratch:
-        for mode in ("off", "auto", "on"):
+        for mode in seconds:
             pipeline, config = load_pipeline(args.checkpoint, pick_device(args.device))
-            torch.compiler.reset()
-            jobs = find_jobs(args.data, Path(scratch))[: args.pictures]
-            jobs = draw_mixed(jobs, args.sizes, pipeline.codec.factor, Path(scratch))
             settings, style = transfer_settings(config.inference), pipeline.spec.styles[1]
             compiles = compile_rule(mode, config_to_dict(config), pipeline, 2 * settings.num_steps)
-            plan, seconds[mode] = Plan(pipeline, 0, [Target(style, style, 1)], settings), []
-            for _ in range(args.rounds + 1):
+            plans[mode] = Plan(pipeline, 0, [Target(style, style, 1)], settings, compiles=compiles)
+        jobs = find_jobs(args.data, Path(scratch))[: args.pictures]
+        jobs = draw_mixed(jobs, args.sizes, pipeline.codec.factor, Path(scratch))
+        for _ in range(args.rounds + 1):
+            for mode, plan in plans.items():  # in turn: a machine is not as fast all the time
                 started = time.perf_counter()
-                batches = plan_batches(jobs, None, args.batch_size, compiles)
-                if any(batch.compiled for batch in batches) and not pipeline.compiled:
-                    pipeline.compile()
-                transfer_batches(load_batches(batches, pipeline, None, args.batch_size, []), plan, len(jobs))
+                batches = plan_batches(jobs, None, args.batch_size, plan.compiles)
+                if any(batch.compiled for batch in batches) and not plan.pipeline.compiled:
+                    plan.pipeline.compile()
+                transfer_batches(load_batches(batches, plan.pipeline, None, args.batch_size, []), plan, len(jobs))
                 seconds[mode].append(time.perf_counter() - started)
     first, again = ({mode: part(times) for mode, times in seconds.items()} for part in (lambda t: t[0], median_later))
     name = device_name(pipeline.device)

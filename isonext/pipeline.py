@@ -205,9 +205,9 @@ def _count(state: State) -> int:
     return len(state.position if isinstance(state, LatticeState) else state)
 
 
-def load_codec(spec: LatentSpec, device: torch.device, where: str) -> Autoencoder:
+def load_codec(spec: LatentSpec, device: torch.device, where: str, download: bool = True) -> Autoencoder:
     """The autoencoder of a model's latents; a UserError where it is not one of such latents."""
-    codec = load_autoencoder(spec.autoencoder, device)
+    codec = load_autoencoder(spec.autoencoder, device, download)
     if codec.channels != spec.channels:
         raise UserError(
             f"{where}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"
