@@ -42,7 +42,7 @@ def draw_mixed(jobs: list[Job], sizes: int, step: int, folder: Path) -> list[Job
 
 def measure_mixed(args: argparse.Namespace) -> int:
     """--sizes: seconds of a folder of mixed sizes by --compile off, auto and on, a network for each."""
-    plans, seconds = {}, {mode: [] for mode in ("off", "auto", "on")}
+    plans, compiled, seconds = {}, {}, {mode: [] for mode in ("off", "auto", "on")}
     with tempfile.TemporaryDirectory() as scratch:
         for mode in seconds:
             pipeline, config = load_pipeline(args.checkpoint, pick_device(args.device))
@@ -55,17 +55,25 @@ def measure_mixed(args: argparse.Namespace) -> int:
             for mode, plan in plans.items():  # in turn: a machine is not as fast all the time
                 started = time.perf_counter()
                 batches = plan_batches(jobs, None, args.batch_size, plan.compiles)
-                if any(batch.compiled for batch in batches) and not plan.pipeline.compiled:
+                compiled[mode] = sum(batch.compiled for batch in batches)
+                if compiled[mode] and not plan.pipeline.compiled:
                     plan.pipeline.compile()
                 transfer_batches(load_batches(batches, plan.pipeline, None, args.batch_size, []), plan, len(jobs))
                 seconds[mode].append(time.perf_counter() - started)
     first, again = ({mode: part(times) for mode, times in seconds.items()} for part in (lambda t: t[0], median_later))
     name = device_name(pipeline.device)
-    print(f"{name}; {len(jobs)} pictures of {args.sizes} sizes in turn, batches of {args.batch_size}")
+    print(f"{name}; {len(jobs)} pictures of {args.sizes} sizes in turn, {len(batches)} batches of {args.batch_size}")
     for mode in seconds:
         print(f"--compile {mode:4s} {first[mode]:8.1f} s from the start, {again[mode]:8.1f} s again   "
-              f"{first[mode] / first['off']:.2f} and {again[mode] / again['off']:.2f} of off")  # fmt: skip
-    result = {"first_s": first, "again_s": again, "device": name, "pictures": len(jobs), "sizes": args.sizes}
+              f"{first[mode] / first['off']:.2f} and {again[mode] / again['off']:.2f} of off, {compiled[mode]} batches compiled")  # fmt: skip
+    result = {
+        "first_s": first,
+        "again_s": again,
+        "compiled": compiled,
+        "device": name,
+        "pictures": len(jobs),
+        "sizes": args.sizes,
+    }
     print(json.dumps(result))
     return 0
 

@@ -105,8 +105,8 @@ def test_folder_benchmark_measures_a_folder_of_mixed_sizes(studio):
     figures = json.loads(done.stdout.splitlines()[-1])
     assert (figures["pictures"], figures["sizes"]) == (16, 2)
     assert figures["first_s"].keys() == figures["again_s"].keys() == {"off", "auto", "on"}
+    assert figures["compiled"] == {"off": 0, "auto": 0, "on": 4}  # two batches a size; so few do not pay
     assert figures["first_s"]["on"] > figures["again_s"]["on"], "compiling takes time"
-    assert figures["first_s"]["auto"] < figures["first_s"]["on"], "so few pictures are not compiled for"
 
 
 @pytest.mark.slow
