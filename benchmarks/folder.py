@@ -64,8 +64,9 @@ def measure_mixed(args: argparse.Namespace) -> int:
     name = device_name(pipeline.device)
     print(f"{name}; {len(jobs)} pictures of {args.sizes} sizes in turn, {len(batches)} batches of {args.batch_size}")
     for mode in seconds:
-        print(f"--compile {mode:4s} {first[mode]:8.1f} s from the start, {again[mode]:8.1f} s again   "
-              f"{first[mode] / first['off']:.2f} and {again[mode] / again['off']:.2f} of off, {compiled[mode]} batches compiled")  # fmt: skip
+        shares = f"{first[mode] / first['off']:.2f} and {again[mode] / again['off']:.2f} of off"
+        print(f"--compile {mode:4s} {first[mode]:8.1f} s from the start, {again[mode]:8.1f} s again   {shares}, "
+              f"{compiled[mode]} batches compiled")  # fmt: skip
     result = {
         "first_s": first,
         "again_s": again,
