@@ -856,3 +856,19 @@ def test_in_a_mixed_folder_full_batches_of_a_frequent_size_are_compiled_and_noth
     for number in range(10):
         gap = pixels(tmp_path / "plain" / f"{number}.png") - pixels(tmp_path / "auto" / f"{number}.png")
         assert np.abs(gap).max() <= 1
+
+
+def test_more_sizes_are_compiled_than_torch_would_by_itself(pipeline, monkeypatch):
+    graphs, real = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend=backend, **options))
+    torch.compiler.reset()
+    pipeline.compile()
+    with torch.inference_mode():
+        for side in range(4, 15):
+            pipeline(torch.zeros(1, 12, side, side), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    assert len(graphs) == 11
