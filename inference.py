@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: as trained, BF16 where the device has it",
     )
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: for folders large enough to pay for it")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: for sizes whose pictures pay for it")
     add("--compare", action="store_true", help="also write NAME_compare.png: before and after")
     add("--overwrite", action="store_true", help="make the results of a folder anew")
     add("--seed", type=int, default=0, help="of flowedit's noise; the other methods draw none")

@@ -24,9 +24,10 @@ from isonext.flow import transfer
 from isonext.flow.base import Base
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted, State, Transfer, TransferSettings
-from isonext.utils.device import allow_tf32, autocast, has_bf16
+from isonext.utils.device import allow_tf32, autocast, has_bf16, is_out_of_memory
 from model import VelocityNetwork
 
+GRAPHS = 64  # shapes that one network may be compiled for; torch would stop at 8, guided and not guided counting twice
 Style = int | Tensor  # an id for all pictures, ids (B,), or one embedding (1, style_dim) for all
 
 
@@ -59,10 +60,8 @@ class Pipeline:
         with autocast(self.device, self.bf16):
             try:
                 return self.model(*inputs)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # no compiler, an unsupported platform: many types, one answer
-                if not self.compiled:
+                if is_out_of_memory(error) or not self.compiled:
                     raise
                 self.compiled = False
                 self.model.uncompile()
@@ -85,8 +84,23 @@ class Pipeline:
 
     def compile(self) -> None:
         """torch.compile at the next call: one graph for all steps of a leg, once for each size of batch and latent."""
+        torch._dynamo.config.recompile_limit = GRAPHS
         self.model.compile(dynamic=False)
         self.compiled = True
+
+    @contextlib.contextmanager
+    def compiled_or_not(self, wanted: bool) -> Iterator[None]:
+        """Within, the network runs without what was compiled, unless that is wanted: for one batch from its start to
+        its certificate, since other kernels give other bits."""
+        if wanted or not self.compiled:
+            yield
+            return
+        self.compiled = False
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.compiled = True
 
     #############################################################################
     #                            Pixels <-> latents                             #
@@ -191,10 +205,12 @@ def _count(state: State) -> int:
     return len(state.position if isinstance(state, LatticeState) else state)
 
 
-def load_codec(spec: LatentSpec, device: torch.device, where: str, name: str | None = None) -> Autoencoder:
+def load_codec(
+    spec: LatentSpec, device: torch.device, where: str, name: str | None = None, download: bool = True
+) -> Autoencoder:
     """The autoencoder of a model's latents, or the one that `name` says in its place; a UserError that starts with
     `where` if it is not one of such latents."""
-    codec = load_autoencoder(name or spec.autoencoder, device)
+    codec = load_autoencoder(name or spec.autoencoder, device, download)
     if codec.channels != spec.channels:
         raise UserError(
             f"{where}: trained on {spec.channels}-channel latents, autoencoder {codec.name} gives {codec.channels}"

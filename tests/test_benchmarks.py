@@ -99,6 +99,29 @@ def test_transfer_benchmark_times_the_parts_of_each_batch_size(studio):
 
 
 @pytest.mark.slow
+def test_folder_benchmark_measures_a_folder_of_mixed_sizes(studio):
+    flags = [
+        "--checkpoint",
+        CHECKPOINT,
+        "--data",
+        "raw_data/cold",
+        "--sizes",
+        "2",
+        "--batch_size",
+        "4",
+        "--rounds",
+        "1",
+    ]
+    done = call(studio, "benchmarks/folder.py", *flags)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert (figures["pictures"], figures["sizes"]) == (16, 2)
+    assert figures["first_s"].keys() == figures["again_s"].keys() == {"off", "auto", "on"}
+    assert figures["compiled"] == {"off": 0, "auto": 0, "on": 4}  # two batches a size; so few do not pay
+    assert figures["first_s"]["on"] > figures["again_s"]["on"], "compiling takes time"
+
+
+@pytest.mark.slow
 def test_sample_benchmark_compares_one_process_with_two(studio):
     flags = ["--num_samples", "4", "--batch_size", "2", "--num_steps", "2", "--cfg_scale", "2", "--rounds", "1"]
     done = call(studio, "benchmarks/sample.py", "--checkpoint", CHECKPOINT, *flags)

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -28,8 +29,9 @@ from torch import Tensor, nn
 
 from isonext.data import ldm_checkpoint
 from isonext.errors import UserError, first_line
-from isonext.utils.device import autocast
+from isonext.utils.device import autocast, fitting
 
+PIXELS_AT_ONCE = 2**20  # that a VAE takes: 16 pictures of 256 px, 4 of 512 px, one of 1024 px
 WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
 
 
@@ -46,11 +48,14 @@ class Autoencoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
 
 
-def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
-    """A hub id or local folder of an AutoencoderKL or AutoencoderTiny, a checkpoint file, `dct`, or `dct:f4c12`."""
+def load_autoencoder(name: str, device: torch.device, download: bool = True) -> Autoencoder:
+    """A hub id or local folder of an AutoencoderKL or AutoencoderTiny, a checkpoint file, `dct`, or `dct:f4c12`.
+
+    Without `download` a hub id must be in the cache.
+    """
     if name == "dct" or name.startswith("dct:"):
         return DctCodec(name).to(device)
-    return DiffusersAutoencoder(name, device)
+    return DiffusersAutoencoder(name, device, download)
 
 
 def weights_digest(weights: Mapping[str, Tensor], *settings: Any) -> str:
@@ -64,14 +69,19 @@ def weights_digest(weights: Mapping[str, Tensor], *settings: Any) -> str:
 
 
 class DiffusersAutoencoder(nn.Module):
-    """A pretrained VAE; encodes to the posterior mean. BF16 on CUDA, float32 elsewhere."""
+    """A pretrained VAE; encodes to the posterior mean. BF16 on CUDA, float32 elsewhere.
+
+    A batch goes through it in parts of at most `pixels_at_once`, or a picture; half as many where memory runs out. The
+    result is that of the whole batch, up to the rounding of kernels that PyTorch chooses by the size of a batch.
+    """
 
     vae: Any  # one of the classes of diffusers, which is not imported where it is not used
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, download: bool = True) -> None:
         super().__init__()
-        self.name, self.device = name, device
-        vae = _load_vae(name)
+        self.name, self.device, self.bf16 = name, device, device.type == "cuda"
+        self.pixels_at_once = PIXELS_AT_ONCE
+        vae = _load_vae(name, download)
         _check_config(name, vae.config)
         self.scale = vae.config.scaling_factor
         self.shift = vae.config.get("shift_factor") or 0.0
@@ -103,18 +113,44 @@ class DiffusersAutoencoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        with autocast(self.device, self.device.type == "cuda"):
+        return self._in_parts(self._encode, pixels, math.prod(pixels.shape[2:]))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._in_parts(self._decode, latents, math.prod(latents.shape[2:]) * self.factor**2)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        with autocast(self.device, self.bf16):
             encoded = self.vae.encode(pixels)
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return ((latents.float() - self.shift) * self.scale).contiguous()
 
-    @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        with autocast(self.device, self.device.type == "cuda"):
+    def _decode(self, latents: Tensor) -> Tensor:
+        with autocast(self.device, self.bf16):
             return self.vae.decode(latents / self.scale + self.shift).sample.float()
 
+    def _in_parts(self, work: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+        """`work` on the rows of x, each of so many pixels, as many at once as fit."""
 
-def _load_vae(name: str) -> Any:
+        def at_once() -> int:
+            return min(len(x), max(1, self.pixels_at_once // pixels))
+
+        def smaller() -> Callable[[], None] | None:
+            return None if at_once() == 1 else halve
+
+        def halve() -> None:
+            half = math.ceil(at_once() / 2)
+            print(f"out of memory in the autoencoder with {at_once()} pictures: going on with {half}", file=sys.stderr)
+            self.pixels_at_once = half * pixels
+
+        def in_parts() -> Tensor:
+            parts = [work(part) for part in x.split(at_once())]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return fitting(in_parts, smaller)
+
+
+def _load_vae(name: str, download: bool) -> Any:
     if ldm_checkpoint.is_checkpoint(name):
         return ldm_checkpoint.load_checkpoint(name)
     import diffusers  # seconds to import, so only where it is used
@@ -124,30 +160,34 @@ def _load_vae(name: str) -> Any:
     classes = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
     warnings.filterwarnings("ignore", module="huggingface_hub")  # of its own use by diffusers
     try:
-        class_name = diffusers.AutoencoderKL.load_config(name).get("_class_name")
+        class_name = diffusers.AutoencoderKL.load_config(name, local_files_only=not download).get("_class_name")
         if class_name not in classes:
             raise ValueError(f"its class is {class_name}, not one of {', '.join(classes)}")
-        vae, loading = classes[class_name].from_pretrained(name, output_loading_info=True)
+        options = {"output_loading_info": True, "local_files_only": not download}
+        vae, loading = classes[class_name].from_pretrained(name, **options)
         if loading["missing_keys"]:  # diffusers would leave these random
             raise ValueError(f"{len(loading['missing_keys'])} weights are missing, e.g. {loading['missing_keys'][0]}")
         return vae
     except Exception as error:  # diffusers lets many types out of a broken folder; the answer is the same
-        reason = f"this folder does not load ({first_line(error)})" if Path(name).exists() else _hub_reason(error)
+        reason = (
+            f"this folder does not load ({first_line(error)})" if Path(name).exists() else _hub_reason(error, download)
+        )
         raise UserError(f"autoencoder {name}: {reason}; {WAYS_OUT}") from None
 
 
-def _hub_reason(error: BaseException) -> str:
+def _hub_reason(error: BaseException, download: bool) -> str:
     """Why a name that is no local folder did not load: diffusers wraps the cause in a guess of its own."""
     from huggingface_hub import errors
 
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
+    hub = "not in the cache, and the hub was not reached" if download else "and not in the cache"
     for kind, reason in (
         (errors.GatedRepoError, "is gated on the hub: accept its terms there, and log in by `hf auth login`"),
         (errors.RepositoryNotFoundError, "no such local folder, and the hub has none, or it is private"),
         (errors.HFValidationError, "no such local folder, and no name that the hub could have"),
-        (errors.LocalEntryNotFoundError, "no such local folder, not in the cache, and the hub was not reached"),
+        (errors.LocalEntryNotFoundError, f"no such local folder, {hub}"),
     ):
         if any(isinstance(part, kind) for part in chain):
             return reason

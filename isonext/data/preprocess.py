@@ -30,7 +30,7 @@ from isonext.utils import distributed
 from isonext.utils.distributed import rank
 from isonext.utils.io import folder_lock, in_background
 
-BATCH = 16  # pictures at once
+BATCH = 16  # pictures at once, at most; of large ones the autoencoder takes fewer
 LONGEST_NAME = 255  # bytes, on the file systems that are in use
 
 
@@ -55,9 +55,10 @@ class Work:
     todo: list[tuple[str, Path]]  # entries to encode, and their pictures
     plan: WritePlan
     removed: int  # entries whose picture has gone
+    batch: int = BATCH
 
 
-def preprocess(config: Config, device: torch.device, quiet: bool | None = None) -> Report:
+def preprocess(config: Config, device: torch.device, quiet: bool | None = None, batch: int = BATCH) -> Report:
     """Bring the store at `data_root` in line with the pictures below `raw_data_root`.
 
     Of several processes the first one looks what there is to do, before, and completes the store, after; whole batches
@@ -74,7 +75,7 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None) 
         print(f"warning: {hint}", file=sys.stderr)
     with folder_lock(config.data.data_root) if distributed.is_main() else contextlib.nullcontext():
         work = distributed.from_main(
-            _find_work(config.data, codec, list(styles), pictures) if distributed.is_main() else None
+            _find_work(config.data, codec, list(styles), pictures, batch) if distributed.is_main() else None
         )
         started = time.perf_counter()
         shares = distributed.gather(encode(work, codec, config, device, quiet))
@@ -101,16 +102,16 @@ def _take_out_long_names(pictures: dict[str, Path]) -> list[str]:
 #################################################################################
 
 
-def _find_work(data: DataConfig, codec: Autoencoder, styles: list[str], pictures: dict[str, Path]) -> Work:
+def _find_work(data: DataConfig, codec: Autoencoder, styles: list[str], pictures: dict[str, Path], batch: int) -> Work:
     """Take stock of the store, which is not complete from here on. `pictures` is entry -> picture."""
     root = Path(data.data_root)
     meta = _prepare_meta(root, data, codec, styles)
     store = own_store(root, meta)
-    meta.written = sorted(meta.own | set(store.may_write(pictures, BATCH)))
+    meta.written = sorted(meta.own | set(store.may_write(pictures, batch)))
     meta.write(root)
     removed, current = store.take_stock(pictures)
     todo = [(entry, picture) for entry, picture in pictures.items() if entry not in current]
-    return Work(store, todo, store.plan(len(todo), BATCH), removed)
+    return Work(store, todo, store.plan(len(todo), batch), removed, batch)
 
 
 def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list[str]) -> StoreMeta:
@@ -196,15 +197,15 @@ def encode(
     Batches are cut before they are shared out: the bits of a latent may depend on the size of its batch. A piece of
     the plan is the work of one process.
     """
-    todo, length = work.todo, work.plan.length
+    todo, length, batch = work.todo, work.plan.length, work.batch
     pieces = [range(len(todo))[start : start + length] for start in range(0, len(todo), length)]
     own = [
-        list(p[start : start + BATCH])
+        list(p[start : start + batch])
         for p in pieces[rank() :: distributed.world()]
-        for start in range(0, len(p), BATCH)
+        for start in range(0, len(p), batch)
     ]
     workers = min(
-        config.training.num_workers, len(own) * BATCH, math.ceil((os.cpu_count() or 1) / distributed.local_world())
+        config.training.num_workers, len(own) * batch, math.ceil((os.cpu_count() or 1) / distributed.local_world())
     )
     loader = DataLoader(
         SquarePictures([path for _, path in todo], config.data.image_size),

@@ -7,14 +7,15 @@ import contextlib
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from isonext.data import images
 from isonext.data.pt_store import read_latent
@@ -43,6 +44,24 @@ class Batch:
     jobs: list[Job]
     latents: Tensor  # (B, C, h, w) standardised
     size: tuple[int, int]  # of the pictures: height, width
+    compiled: bool = False  # for a compiled network
+
+
+@dataclass
+class PlannedBatch:
+    """Jobs of one size, before their pictures are read."""
+
+    jobs: list[Job]
+    compiled: bool
+
+
+# Whether the network is compiled for pictures of a size (width, height), of which full batches hold so many; 0: for a
+# batch that is not full.
+Compiles = Callable[[tuple[int, int], int], bool]
+
+
+def never(size: tuple[int, int], pictures: int) -> bool:
+    return False
 
 
 def find_jobs(source: Path, output: Path, left_out: Counter[str] | None = None) -> list[Job]:
@@ -86,42 +105,56 @@ def picture_path(output: Path) -> Path:
     return output
 
 
-def plan_batches(jobs: list[Job], resize: int | None, batch_size: int) -> Iterator[list[Job]]:
-    """Neighbours of one size, by the headers of their files; those without a header come last, one by one."""
-    headless = []
+def group_by_size(jobs: list[Job], resize: int | None) -> dict[tuple[int, int] | None, list[Job]]:
+    """Width and height, by the headers of the files -> the jobs of that size; those without a header come last, as
+    None's. Sizes and jobs keep their order."""
 
     def size_of(job: Job) -> tuple[int, int] | None:
         size = images.picture_size(job.source)
         return images.resized(size, resize) if size and resize else size
 
-    def sized() -> Iterator[tuple[Job, tuple[int, int]]]:
-        for job, size in zip(jobs, ahead(size_of, jobs, batch_size + THREADS), strict=True):
-            if size:
-                yield job, size
-            else:
-                headless.append([job])
+    groups: dict[tuple[int, int] | None, list[Job]] = {}
+    sizes = ahead(size_of, jobs, 4 * THREADS)
+    for job, size in tqdm(zip(jobs, sizes, strict=True), "sizes", len(jobs), leave=False, disable=None):
+        groups.setdefault(size, []).append(job)
+    if headless := groups.pop(None, None):
+        groups[None] = headless
+    return groups
 
-    for _, group in groupby(sized(), key=lambda item: item[1]):
-        while chunk := list(islice(group, batch_size)):
-            yield [job for job, _ in chunk]
-    yield from headless
+
+def plan_batches(
+    jobs: list[Job],
+    resize: int | None,  # pixels of the short side
+    batch_size: int,
+    compiles: Compiles = never,
+) -> list[PlannedBatch]:
+    """Batches of one size, full but for each size's last; pictures without a header one by one."""
+    batches = []
+    for size, group in group_by_size(jobs, resize).items():
+        if size is None:
+            batches += [PlannedBatch([job], False) for job in group]
+            continue
+        whole = len(group) // batch_size * batch_size
+        batches += [PlannedBatch(group[n : n + batch_size], compiles(size, whole)) for n in range(0, whole, batch_size)]
+        if rest := group[whole:]:
+            batches.append(PlannedBatch(rest, compiles(size, 0)))
+    return batches
 
 
 def load_batches(
-    jobs: list[Job],
+    batches: list[PlannedBatch],  # of all processes
     pipeline: Pipeline,
     resize: int | None,  # pixels of the short side
     batch_size: int,
     skipped: list[str] | None,  # is told of bad pictures; None raises instead
     on_sheet: int = 1,  # pictures that a result shows, see `images.strip`
 ) -> Iterator[Batch]:
-    """This process's share of the batches of pictures of one size. For a compiled network they are filled up: one
-    shape, one graph.
+    """This process's share of the batches, read. Those for a compiled network are filled up: one shape, one graph.
 
     Batches are planned before they are shared out and read: a picture's bits may depend on the size of its batch.
     """
-    own = islice(plan_batches(jobs, resize, batch_size), rank(), None, distributed.world())
-    numbered = ((number, job) for number, batch in enumerate(own) for job in batch)
+    own = batches[rank() :: distributed.world()]
+    numbered = ((number, job) for number, batch in enumerate(own) for job in batch.jobs)
 
     def read(item: tuple[int, Job]) -> tuple[int, Job, Image.Image | UserError]:
         try:
@@ -140,15 +173,15 @@ def load_batches(
             else:
                 skipped.append(str(picture))
 
-    for (_, (width, height)), group in groupby(good(), key=lambda item: (item[0], item[2].size)):
-        _, batch, pictures = zip(*group, strict=True)
-        latents = None
-        with skipping(batch, "encoded", skipped):
+    for (number, (width, height)), group in groupby(good(), key=lambda item: (item[0], item[2].size)):
+        _, jobs, pictures = zip(*group, strict=True)
+        compiled, latents = own[number].compiled and pipeline.compiled, None
+        with skipping(jobs, "encoded", skipped):
             rows = [images.to_bytes(picture) for picture in pictures]
-            rows += rows[-1:] * (batch_size - len(rows) if pipeline.compiled else 0)
+            rows += rows[-1:] * (batch_size - len(rows) if compiled else 0)
             latents = pipeline.encode(images.to_pixels(torch.stack(rows)))
         if latents is not None:
-            yield Batch(list(batch), latents, (height, width))
+            yield Batch(list(jobs), latents, (height, width), compiled)
 
 
 def read_picture(job: Job, resize: int | None, on_sheet: int) -> Image.Image:
@@ -181,15 +214,16 @@ def skipping(jobs: Sequence[Job], verb: str, skipped: list[str] | None) -> Itera
         skipped += [f"{job.source}: cannot be {verb} ({first_line(error)}){advice}" for job in jobs]
 
 
-def load_stored_latent(job: Job, pipeline: Pipeline) -> Batch:
+def load_stored_latent(job: Job, pipeline: Pipeline, compiles: Compiles = never) -> Batch:
     """A latent of the store as a batch of one."""
     latent = read_latent(job.source)["latent"]
     _check_autoencoder(job.source, pipeline)
     if len(latent) != pipeline.spec.channels:
         raise UserError(f"{job.source}: has {len(latent)} channels, the checkpoint's latents {pipeline.spec.channels}")
-    size = tuple(side * pipeline.spec.factor for side in latent.shape[1:])
-    pipeline.check_size(job.source, size[::-1])
-    return Batch([job], pipeline.spec.standardise(latent[None].to(pipeline.device)), size)
+    height, width = (side * pipeline.spec.factor for side in latent.shape[1:])
+    pipeline.check_size(job.source, (width, height))
+    latents = pipeline.spec.standardise(latent[None].to(pipeline.device))
+    return Batch([job], latents, (height, width), compiles((width, height), 1))
 
 
 def _check_autoencoder(path: Path, pipeline: Pipeline) -> None:

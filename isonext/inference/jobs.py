@@ -19,7 +19,16 @@ from isonext.evaluation.metrics import ssim
 from isonext.flow.certificate import digest, likely_cause
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted, Transfer, TransferSettings
-from isonext.inference.inputs import Batch, Job, find_jobs, load_batches, load_stored_latent, picture_path, skipping
+from isonext.inference.inputs import (
+    Batch,
+    Job,
+    find_jobs,
+    load_batches,
+    load_stored_latent,
+    picture_path,
+    plan_batches,
+    skipping,
+)
 from isonext.inference.options import RestoreOptions, RestyleOptions, TransferOptions
 from isonext.inference.plan import Plan, Target, open_pipeline, plan_restyle, plan_transfer
 from isonext.inference.structure_file import Structure, fixed_bits, load_structure, refuse_other_bits, save_structure
@@ -64,10 +73,10 @@ def transfer_pictures(options: TransferOptions) -> int:
     todo = distributed.from_main(
         [job for job in jobs if options.overwrite or not is_folder or not os.path.exists(job.output)]
     )
-    plan = plan_transfer(options, len(todo))
+    plan = plan_transfer(options)
     refuse_collisions(jobs, plan)
     skipped: list[str] | None = [] if is_folder else None
-    batches = read_inputs(options, todo, plan, skipped)
+    batches = read_batches(todo, options, plan, skipped)
     started = time.perf_counter()
     with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
         report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()), skipped)
@@ -87,13 +96,24 @@ def transfer_pictures(options: TransferOptions) -> int:
     return certificate_status(plan, 1 if report.skipped else 0)
 
 
-def read_inputs(options: TransferOptions, todo: list[Job], plan: Plan, skipped: list[str] | None) -> Iterable[Batch]:
-    """The batches of what is left to do; `skipped`, of a folder, is told of bad pictures."""
-    if options.input.suffix == ".pt" and skipped is None:
-        return [load_stored_latent(todo[0], plan.pipeline)]
-    batch_size = options.network.batch_size if skipped is not None and options.min_structure is None else 1
-    on_sheet = 1 if len(plan.targets) == 1 else 1 + len(plan.targets)
-    return load_batches(todo, plan.pipeline, options.size, batch_size, skipped, on_sheet)
+def read_batches(todo: list[Job], options: TransferOptions, plan: Plan, skipped: list[str] | None) -> Iterable[Batch]:
+    """This process's share of what is to be done; the network is compiled where that pays for a batch of them."""
+    pipeline, is_folder = plan.pipeline, options.input.is_dir()
+    batches: Iterable[Batch]
+    if options.input.suffix == ".pt" and not is_folder:
+        batches = [load_stored_latent(todo[0], pipeline, plan.compiles)]
+        compiled = batches[0].compiled
+    else:
+        batch_size = options.network.batch_size if is_folder and options.min_structure is None else 1
+        # One process reads the headers for all.
+        planned = plan_batches(todo, options.size, batch_size, plan.compiles) if distributed.is_main() else None
+        planned = distributed.from_main(planned)
+        compiled = any(batch.compiled for batch in planned)
+        on_sheet = 1 if len(plan.targets) == 1 else 1 + len(plan.targets)
+        batches = load_batches(planned, pipeline, options.size, batch_size, skipped, on_sheet)
+    if compiled:
+        pipeline.compile()
+    return batches
 
 
 def restyle_structure(options: RestyleOptions) -> int:
@@ -174,7 +194,8 @@ def transfer_batches(
     with tqdm(total=total, desc="transfer", unit="picture", disable=quiet) as bar, in_background(32) as submit:
         for batch in batches:
             with skipping(batch.jobs, "transferred", skipped):
-                transfers = transfer_batch(batch, plan, report)
+                with pipeline.compiled_or_not(batch.compiled):
+                    transfers = transfer_batch(batch, plan, report)
                 results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
                 before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
                 for row, job in enumerate(batch.jobs):
@@ -313,6 +334,8 @@ def save_results(job: Job, before: Tensor | None, results: list[Tensor], plan: P
 
 def combine_reports(report: Report, plan: Plan) -> Report:
     """The report of all processes together, and in the plan their certificate."""
+    for lines in (report.notes, report.unsolved, report.skipped):
+        lines.sort()  # whatever the order of the batches was
     (report, plan.certificate), *others = distributed.gather((report, plan.certificate))
     for other, certificate in others:
         report.include(other)

@@ -1,14 +1,17 @@
 """What is to be done to every picture: the network opened, its settings resolved, the styles found."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from isonext.config import OF_THE_LEGS, apply_overrides, config_from_dict, config_to_dict, load_config
 from isonext.errors import UserError
 from isonext.flow.certificate import Certificate
 from isonext.flow.transfer import TransferSettings
+from isonext.inference.inputs import Compiles, never
 from isonext.inference.options import (
     NetworkOptions,
     RestyleOptions,
@@ -17,10 +20,16 @@ from isonext.inference.options import (
     TransferOptions,
 )
 from isonext.inference.structure_file import SUFFIX, Structure
+from isonext.models.cost import forward_flops
 from isonext.pipeline import Pipeline, load_pipeline, transfer_settings
+from isonext.utils import distributed
 from isonext.utils.device import allow_tf32, pick_device
 
-COMPILE_FROM = 100  # pictures in a folder that make up for the time that compiling takes
+# What compiling costs and saves at worst, so that `auto` is not slower: an empty cache, the device's best rate without
+# it, a small gain. Fixed numbers and no clock, so that a second run takes the same kernels.
+COMPILING_S = 45  # seconds a size
+SAVED = 0.1  # of the time of the legs
+CPU_RATE, GPU_RATE = 2e11, 1e14  # operations a second, of a CPU's thread and of any other device
 
 
 @dataclass
@@ -47,20 +56,22 @@ class Plan:
     targets: list[Target]
     settings: TransferSettings
     min_structure: float | None = None
+    compiles: Compiles = never
     compare: bool = False  # also write the picture beside its transfer
     save_structure: Path | None = None
     certificate: Certificate | None = None
 
 
-def plan_transfer(options: TransferOptions, pictures: int) -> Plan:
+def plan_transfer(options: TransferOptions) -> Plan:
     """Everything that can be wrong with the options is found here, before the first picture."""
     pipeline, trained = open_pipeline(options.network)
-    compile_where_it_pays(pipeline, options.network.compile, is_worth_compiling(trained, pictures))
     settings = resolve_settings(options.settings, trained, options.network.checkpoint)
     if settings.inversion == "fixed_point" and options.network.precision == "bf16":
         raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
     source = pipeline.spec.style_id(options.source_style)
     plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings, options.min_structure)
+    evaluations = settings.num_steps * (1 + len(plan.targets))  # a picture, at least
+    plan.compiles = compile_rule(options.network.compile, trained, pipeline, evaluations)
     plan.compare, plan.save_structure = options.compare, options.save_structure
     plan.certificate = Certificate() if options.certify else None
     if plan.save_structure and plan.save_structure.suffix != SUFFIX:
@@ -101,9 +112,26 @@ def compile_where_it_pays(pipeline: Pipeline, asked: str, pays: bool) -> None:
         pipeline.compile()
 
 
-def is_worth_compiling(trained: dict, pictures: int) -> bool:
-    """Whether a network that was compiled in training is so for that many pictures."""
-    return trained["training"]["compile"] and pictures >= COMPILE_FROM
+def compile_rule(asked: str, trained: dict, pipeline: Pipeline, evaluations: int) -> Compiles:
+    """`asked` is on, off, or auto: the sizes whose full batches pay, of a network that was compiled in training."""
+
+    def compiles(size: tuple[int, int], pictures: int) -> bool:
+        space = tuple(math.ceil(side / pipeline.codec.factor) for side in size[::-1])
+        return asked == "on" or (
+            asked == "auto" and is_worth_compiling(trained, pipeline, space, pictures * evaluations)
+        )
+
+    return compiles
+
+
+def is_worth_compiling(trained: dict, pipeline: Pipeline, space: tuple[int, ...], evaluations: int) -> bool:
+    """Whether a network that was compiled in training is so for that many evaluations of one picture each, on latents
+    of `space` cells: where what each process saves makes up for compiling, and the more for not knowing it exactly."""
+    if not trained["training"]["compile"]:
+        return False
+    rate = CPU_RATE * torch.get_num_threads() if pipeline.device.type == "cpu" else GPU_RATE
+    seconds = forward_flops(pipeline.model, evaluations, space) / rate / distributed.world()
+    return SAVED * seconds >= COMPILING_S
 
 
 def resolve_settings(

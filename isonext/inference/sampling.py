@@ -46,7 +46,10 @@ def sample_pictures(options: SampleOptions) -> int:
     pipeline, trained = open_pipeline(options.network)
     settings = sampling_settings(options, trained, pipeline.spec, pipeline.base)
     samples = plan_samples(options, pipeline.spec)
-    compile_where_it_pays(pipeline, options.network.compile, is_worth_compiling(trained, len(samples)))
+    size = options.network.batch_size
+    evaluations = len(samples) // size * size * settings.num_steps  # at least, in full batches
+    pays = is_worth_compiling(trained, pipeline, pipeline.spec.space, evaluations)
+    compile_where_it_pays(pipeline, options.network.compile, pays)
     with folder_lock(options.output) if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():
             remember(options, record_of(options, pipeline, settings), samples, pipeline.spec.styles)

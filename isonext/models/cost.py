@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -74,6 +75,28 @@ def _step_bytes(model: VelocityNetwork, shape: tuple[int, ...], bf16: bool, chan
         t, style = torch.empty(pictures), torch.empty(pictures, dtype=torch.int64)
         flow_loss(network, x0, x1, t, style).mean().backward()
     return live.peak
+
+
+def call_bytes(make: Callable[[], Callable[[Tensor], object]], shape: tuple[int, ...]) -> int:
+    """Peak bytes of a call without gradients on a float32 tensor of that shape: the tensor and all that is made of it.
+
+    `make` gives what is called; its weights, be they real or made on the spot, do not count.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        call = make()
+        with _LiveBytes([]) as live, _NormsOfCuda():
+            call(torch.empty(shape))
+    return live.peak
+
+
+class _NormsOfCuda(TorchFunctionMode):
+    """Within, group norm takes and gives float32 whatever autocast says, as on CUDA."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") != "group_norm":
+            return function(*args, **kwargs or {})
+        with torch.autocast("cpu", enabled=False):
+            return function(args[0].float(), *args[1:], **kwargs or {})
 
 
 class _LiveBytes(TorchDispatchMode):

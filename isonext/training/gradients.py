@@ -16,7 +16,7 @@ from isonext.flow.base import Base
 from isonext.flow.loss import flow_loss
 from isonext.training.batches import Batch, draw_batch
 from isonext.training.memory_plan import MicroBatch
-from isonext.utils.device import autocast
+from isonext.utils.device import autocast, fitting, is_out_of_memory
 from model import VelocityNetwork
 
 BLOCKS_KEEP = {"selective": "products", "full": "input"}  # for their backward pass, where they recompute the rest
@@ -53,9 +53,9 @@ class GradientAccumulator:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._fitting(lambda: self.losses(self.model, self._share(step)[0]).mean().backward())
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # no compiler, an unsupported platform: many types, one answer
+            if is_out_of_memory(error):
+                raise
             self.model.uncompile()
             reason = first_line(error)
             self.accelerator.print(f"warning: torch.compile does not work here ({reason}); going on without it")
@@ -106,18 +106,19 @@ class GradientAccumulator:
 
         Not with several processes: those that went on would wait for ever for the one that begins again.
         """
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                smaller = self.micro_batch.smaller(self.training)
-                if smaller is None or self.accelerator.num_processes > 1:
-                    raise
-            # Only here, where the error is gone, does nothing hold on to the tensors of the attempt.
+        return fitting(work, self._smaller)
+
+    def _smaller(self) -> Callable[[], None] | None:
+        """What makes a step need less memory; None where nothing does."""
+        smaller = self.micro_batch.smaller(self.training)
+        if smaller is None or self.accelerator.num_processes > 1:
+            return None
+
+        def cut() -> None:
             halved = smaller.pictures < self.micro_batch.pictures
             way = smaller.pictures if halved else f"blocks that keep their {BLOCKS_KEEP[smaller.recompute]} alone"
             print(f"out of memory in a micro-batch of {self.micro_batch.pictures}: going on with {way}")
             self.micro_batch, self.model.recompute = smaller, smaller.recompute
             self.model.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+
+        return cut

@@ -7,20 +7,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from isonext.checkpoint import build_model, network_of
 from isonext.config import Config, TrainingConfig
-from isonext.data.autoencoder import DctCodec
+from isonext.data.autoencoder import Autoencoder, DctCodec, DiffusersAutoencoder
 from isonext.data.external import survey
+from isonext.data.preprocess import BATCH
 from isonext.data.store import LatentSpec, StoreMeta, read_meta, shown
 from isonext.errors import UserError
-from isonext.models.cost import Footprint, footprint, step_flops
+from isonext.models.cost import Footprint, call_bytes, footprint, step_flops
+from isonext.pipeline import load_codec
+from isonext.training.validation import MAX_PREVIEWED, MAX_TRANSFERRED
 from isonext.utils.device import has_bf16
 from model import Recompute, VelocityNetwork
 
 GIB = 2**30
 USABLE = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
 CONTEXT = GIB // 2  # of a card, taken by CUDA before the first tensor
+INFERRED = 8  # pictures that inference.py takes at once
 MIN_AT_ONCE = 8  # pictures that keep a device busy
 
 Needs = Callable[[Recompute], Footprint]  # of a training step, by what blocks compute again for the backward pass
@@ -114,6 +119,7 @@ def print_plan(config: Config, vram: float | None) -> None:
     needs = count_needs(network_of(config, spec), spec, bf16, config.training.channels_last)
     limit = USABLE * (vram * GIB - CONTEXT)
     lines = [*_known_lines(config, spec, meta, needs, bf16), *_memory_lines(config, spec, needs, vram, limit)]
+    lines += [*_beside_lines(config, spec, needs("full"), bf16), ""]
     if needs("full").largest(limit):
         free = replace(config.training, micro_batch_size="auto", gradient_checkpointing="auto")
         chosen = choose_micro_batch(free, config.training.batch_size, limit, needs)
@@ -180,3 +186,72 @@ def _memory_lines(config: Config, spec: LatentSpec, needs: Needs, vram: float, l
         row(f"most at once in {vram:.3g} GiB", lambda recompute: str(min(batch, needs(recompute).largest(limit)))),
         "",
     ]
+
+
+#################################################################################
+#                            What goes on beside the steps                      #
+#################################################################################
+
+
+def _beside_lines(config: Config, spec: LatentSpec, step: Footprint, bf16: bool) -> list[str]:
+    """Peak memory, weights included, of the other work, by the batches that it takes.
+
+    An autoencoder that is not on this machine is not fetched, and its part not guessed.
+    """
+    codec, reason = None, ""
+    try:
+        codec = load_codec(spec, torch.device("cpu"), "the plan", download=False)
+    except UserError as error:
+        reason = str(error).partition(";")[0]
+    weights = _weight_bytes(codec) if codec else 0
+    parts = _passing_bytes(config, spec, codec, bf16)
+    styles = len(spec.styles)
+    validated = max(math.ceil(MAX_TRANSFERRED / styles), 3 * min(styles, MAX_PREVIEWED))
+    lines = ["beside the steps              peak memory"]
+    for name, pictures, held, done in (  # held: bytes that are there all the time; done: one after another
+        ("preprocessing", BATCH, 0, ("encode",)),
+        ("validation", validated, step.state, ("legs", "decode")),
+        ("inference", INFERRED, 4 * step.parameters, ("encode", "legs", "decode")),
+    ):
+        counts = [parts[part](pictures) for part in done if part in parts]
+        size = f"{(held + weights + max(counts)) / GIB:.2f} GiB" if counts else "unknown"
+        more = " and the autoencoder's" if counts and not codec else ""
+        lines.append(f"{f'{name}, {pictures} at once':30s}{size}{more}")
+    return [*lines, f"what the autoencoder takes is unknown: {reason}"] if reason else lines
+
+
+def _passing_bytes(
+    config: Config, spec: LatentSpec, codec: Autoencoder | None, bf16: bool
+) -> dict[str, Callable[[int], int]]:
+    """What is done to pictures -> the bytes that so many of them take at most, beside the weights."""
+    guided = 1 if config.inference.cfg_scale == 1 else 2
+
+    def evaluation(rows: int) -> Callable[[], Callable[[Tensor], Tensor]]:
+        def make() -> Callable[[Tensor], Tensor]:
+            network = network_of(config, spec)()
+            t, style = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+
+            def evaluate(x: Tensor) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    return network(x, t, style)
+
+            return evaluate
+
+        return make
+
+    latent = (spec.channels, *spec.space)
+    parts = {"legs": lambda n: call_bytes(evaluation(guided * n), (guided * n, *latent))}
+    if codec:
+        encode, decode = codec.encode, codec.decode
+        pixels = (3, *(side * codec.factor for side in spec.space))
+        parts["encode"] = lambda n: call_bytes(lambda: encode, (n, *pixels))
+        parts["decode"] = lambda n: call_bytes(lambda: decode, (n, *latent))
+    return parts
+
+
+def _weight_bytes(codec: Autoencoder) -> int:
+    """Of the autoencoder; a VAE counts from here on as on a card, in BF16."""
+    assert isinstance(codec, torch.nn.Module)  # as all of them are
+    if isinstance(codec, DiffusersAutoencoder):
+        codec.bf16 = True
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*codec.parameters(), *codec.buffers()))

@@ -19,6 +19,7 @@ from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline, transfer_settings
 from isonext.training.batches import Batch
+from isonext.utils.device import is_out_of_memory
 from isonext.utils.seeding import seeded
 
 MAX_LOSSES = 512  # pictures of the held-out loss
@@ -79,7 +80,9 @@ def dispensable(what: str) -> Iterator[None]:
     """A picture or a figure less is no reason to stop a training run."""
     try:
         yield
-    except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         print(f"warning: no {what}: {first_line(error)}")
 
 

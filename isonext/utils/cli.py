@@ -71,7 +71,8 @@ def _outcome(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
             raise
         return 2, f"error: {error}"
     except Exception as error:
-        if args.debug or type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for a --help
+        device = sys.modules.get("isonext.utils.device")  # which imports torch, and that a --help does without
+        if args.debug or device is None or not device.is_out_of_memory(error):
             raise
         return 2, (
             "error: the device is out of memory; for training try --set training.gradient_checkpointing=true and the "

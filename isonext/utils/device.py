@@ -4,14 +4,19 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
 from isonext.errors import UserError, first_line
 from isonext.utils import distributed
+
+Result = TypeVar("Result")
+
+CPU_FULL = "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"  # Linux, Windows
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,6 +61,28 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory ran out: the CPU's allocator has no error of its own, only its words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_FULL)
+
+
+def fitting(work: Callable[[], Result], smaller: Callable[[], Callable[[], None] | None]) -> Result:
+    """What `work()` returns. Where memory runs out, `smaller()` says what makes it need less; that is done, and all of
+    the work begins again. Where it says None, nothing is left to cut, and the error stands."""
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or (cut := smaller()) is None:
+                raise
+        # Only here, where the error is gone, does nothing hold on to the tensors of the attempt.
+        cut()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:

@@ -427,6 +427,79 @@ def test_a_pretrained_tiny_autoencoder_rebuilds_a_smooth_picture(name, channels)
 
 
 #################################################################################
+#                            A large batch, in parts                            #
+#################################################################################
+
+
+@pytest.fixture
+def watched(folders, monkeypatch):
+    """An AutoencoderKL of factor 4, and the rows of all that goes through its encoder and decoder; `room` rows fit."""
+    codec, seen, room = load_autoencoder(str(folders / "AutoencoderKL"), CPU), [], [99]
+    for name, real in (("encode", codec.vae.encode), ("decode", codec.vae.decode)):
+
+        def call(x, real=real):
+            seen.append(len(x))
+            if len(x) > room[0]:
+                raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+            return real(x)
+
+        monkeypatch.setattr(codec.vae, name, call)
+    return codec, seen, room
+
+
+@pytest.mark.parametrize(("limit", "parts"), [(2**20, [7]), (7 * 384, [7]), (7 * 384 - 1, [6, 1]), (3 * 384, [3, 3, 1]),
+                                              (384, [1] * 7), (1, [1] * 7)])  # fmt: skip
+def test_a_batch_goes_through_in_parts_of_so_many_pixels_and_is_what_it_was(watched, limit, parts):
+    codec, seen, _ = watched
+    pixels = noise(7, 3, 16, 24)
+    assert codec.pixels_at_once == 2**20
+    whole = codec.encode(pixels)
+    drawn = codec.decode(whole)
+    codec.pixels_at_once = limit
+    seen.clear()
+    latents = codec.encode(pixels)
+    assert seen == parts
+    rebuilt = codec.decode(whole)
+    assert seen == parts * 2, "as many of the pixels that come out"
+    torch.testing.assert_close(latents, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rebuilt, drawn, rtol=0, atol=1e-4)
+    start = 0
+    for rows in parts:
+        assert torch.equal(latents[start : start + rows], codec.encode(pixels[start : start + rows]))
+        start += rows
+
+
+def test_where_memory_runs_out_half_as_many_go_through_from_then_on(watched, capsys):
+    codec, seen, room = watched
+    pixels = noise(7, 3, 16, 24)
+    whole, room[0] = codec.encode(pixels), 3
+    seen.clear()
+    torch.testing.assert_close(codec.encode(pixels), whole, rtol=0, atol=1e-5)
+    assert seen == [7, 4, 2, 2, 2, 1]
+    assert capsys.readouterr().err.splitlines() == [
+        "out of memory in the autoencoder with 7 pictures: going on with 4",
+        "out of memory in the autoencoder with 4 pictures: going on with 2",
+    ]
+    seen.clear()
+    codec.decode(whole)
+    assert seen == [2, 2, 2, 1]
+    seen.clear()
+    codec.encode(noise(3, 3, 32, 24))  # pictures twice as large
+    assert seen == [1, 1, 1]
+
+
+def test_where_one_picture_is_too_much_the_error_stands_and_others_are_not_taken_for_it(watched, monkeypatch):
+    codec, seen, room = watched
+    room[0] = 0
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        codec.encode(noise(2, 3, 16, 16))
+    assert seen == [2, 1]
+    monkeypatch.setattr(codec.vae, "encode", lambda x: x.view(7, 7))
+    with pytest.raises(RuntimeError, match="shape"):
+        codec.encode(noise(2, 3, 16, 16))
+
+
+#################################################################################
 #                                Pictures in tiles                              #
 #################################################################################
 

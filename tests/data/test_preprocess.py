@@ -110,6 +110,17 @@ def test_a_channel_that_is_constant_keeps_its_scale(tmp_path, make_config, cpu):
     assert meta.latents.mean[0] == pytest.approx(4 * (100 / 127.5 - 1), abs=1e-6)  # orthonormal: 4 x 4 pixels, one mean
 
 
+@pytest.mark.parametrize(("flags", "batches"), [([], [16, 4]), (["--batch_size", "7"], [7, 7, 6])])
+def test_no_more_pictures_than_asked_for_are_encoded_at_once(store, make_config, monkeypatch, flags, batches):
+    config, seen, real = make_config(store, {"data.data_root": str(store / "new")}), [], DctCodec.encode
+    (store / "config.json").write_text(json.dumps(config_to_dict(config)))
+    monkeypatch.setattr(DctCodec, "encode", lambda codec, pixels: seen.append(len(pixels)) or real(codec, pixels))
+    assert main(build_parser().parse_args(["--config", str(store / "config.json"), "--device", "cpu", *flags])) == 0
+    assert seen == [count for count in batches for _ in range(2)], "each batch, and its mirror images"
+    with pytest.raises(UserError, match=r"--batch_size 0: must be 1 or more"):
+        main(build_parser().parse_args(["--batch_size", "0"]))
+
+
 #################################################################################
 #                                 Running again                                 #
 #################################################################################

@@ -17,7 +17,7 @@ from PIL import Image
 from isonext.data.pt_store import write_latent
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
-from isonext.inference.inputs import Job, find_jobs, load_batches, load_stored_latent
+from isonext.inference.inputs import Job, find_jobs, load_batches, load_stored_latent, plan_batches
 from isonext.utils.io import ahead, in_background, written_whole
 
 #################################################################################
@@ -320,15 +320,34 @@ def greys(batch) -> list[int]:
     return flat[:, 0].round().int().tolist()
 
 
-def test_neighbours_of_one_size_share_a_batch_and_the_order_stays(tmp_path):
+def test_pictures_of_one_size_share_batches_wherever_they_stand(tmp_path):
     small, wide = (4, 3), (6, 3)
     jobs = drawn(tmp_path, [small, small, small, wide, small, None, small, wide, wide])
     skipped = []
-    batches = list(load_batches(jobs, fake_pipeline(), None, 2, skipped))
-    assert [greys(batch) for batch in batches] == [[0, 1], [2], [3], [4, 6], [7, 8]]
-    assert [batch.size for batch in batches] == [(3, 4), (3, 4), (3, 6), (3, 4), (3, 6)]
-    assert [job for batch in batches for job in batch.jobs] == [job for job in jobs if job != jobs[5]]
+    batches = list(load_batches(plan_batches(jobs, None, 2), fake_pipeline(), None, 2, skipped))
+    assert [greys(batch) for batch in batches] == [[0, 1], [2, 4], [6], [3, 7], [8]]
+    assert [batch.size for batch in batches] == [(3, 4)] * 3 + [(3, 6)] * 2
+    assert [jobs.index(job) for batch in batches for job in batch.jobs] == [0, 1, 2, 4, 6, 3, 7, 8]
     assert skipped == [f"{jobs[5].source}: not a picture"]
+
+
+def test_it_is_compiled_by_what_full_batches_of_a_size_hold(tmp_path):
+    small, wide, once = (4, 3), (6, 3), (2, 2)
+    jobs, asked = drawn(tmp_path, [small, wide, small, once, small, wide, None, small, small]), []
+
+    def compiles(size, pictures):
+        asked.append((size, pictures))
+        return pictures >= 4
+
+    batches = plan_batches(jobs, None, 2, compiles)
+    assert [(len(batch.jobs), batch.compiled) for batch in batches] == [
+        (2, True), (2, True), (1, False), (2, False), (1, False), (1, False)
+    ]  # fmt: skip
+    assert set(asked) == {(small, 4), (small, 0), (wide, 2), (once, 0)}
+    assert not any(batch.compiled for batch in load_batches(batches, fake_pipeline(), None, 2, []))  # no compiler
+    loaded = list(load_batches(batches, fake_pipeline(compiled=True), None, 2, []))
+    assert [batch.compiled for batch in loaded] == [True, True] + [False] * 3
+    assert [len(batch.latents) for batch in loaded] == [2, 2, 1, 2, 1], "what is left over is not filled up"
 
 
 @settings(deadline=None, max_examples=20)
@@ -339,11 +358,15 @@ def test_neighbours_of_one_size_share_a_batch_and_the_order_stays(tmp_path):
 )
 def test_every_good_picture_is_in_exactly_one_batch(tmp_path_factory, sizes, batch_size, compiled):
     jobs, skipped = drawn(tmp_path_factory.mktemp("batches"), sizes), []
-    batches = list(load_batches(jobs, fake_pipeline(compiled), None, batch_size, skipped))
+    planned = plan_batches(jobs, None, batch_size, lambda size, pictures: compiled)
+    batches = list(load_batches(planned, fake_pipeline(compiled), None, batch_size, skipped))
     good = [number for number, size in enumerate(sizes) if size]
-    assert [job for batch in batches for job in batch.jobs] == [jobs[number] for number in good]
-    assert [grey for batch in batches for grey in greys(batch)[: len(batch.jobs)]] == good
-    assert all(1 <= len(batch.jobs) <= batch_size for batch in batches)
+    order = sorted(good, key=lambda number: sizes.index(sizes[number]))  # of one size together
+    assert [job for batch in batches for job in batch.jobs] == [jobs[number] for number in order]
+    assert [grey for batch in batches for grey in greys(batch)[: len(batch.jobs)]] == order
+    counts = [sizes.count(size) for size in dict.fromkeys(filter(None, sizes))]
+    expected = [min(batch_size, count - n) for count in counts for n in range(0, count, batch_size)]
+    assert [len(batch.jobs) for batch in batches] == expected
     assert len(skipped) == len(sizes) - len(good)
     if compiled:  # filled up to one shape with the last picture, so that there is one graph
         for batch in batches:
@@ -356,13 +379,13 @@ def test_every_good_picture_is_in_exactly_one_batch(tmp_path_factory, sizes, bat
 
 def test_resizing_comes_before_batching_so_that_other_sizes_may_meet(tmp_path):
     jobs = drawn(tmp_path, [(8, 4), (16, 8), (4, 8)])
-    batches = list(load_batches(jobs, fake_pipeline(), 2, 8, None))
+    batches = list(load_batches(plan_batches(jobs, 2, 8), fake_pipeline(), 2, 8, None))
     assert [(greys(batch), batch.size) for batch in batches] == [([0, 1], (2, 4)), ([2], (4, 2))]
 
 
 def test_a_single_broken_picture_is_an_error(tmp_path):
     with pytest.raises(UserError, match="not a picture"):
-        list(load_batches(drawn(tmp_path, [None]), fake_pipeline(), None, 1, None))
+        list(load_batches(plan_batches(drawn(tmp_path, [None]), None, 1), fake_pipeline(), None, 1, None))
 
 
 def test_a_stored_latent_is_standardised_and_knows_its_pictures_size(tmp_path):

@@ -18,7 +18,7 @@ from isonext.data import images
 from isonext.errors import first_line
 from isonext.evaluation.metrics import ssim
 from isonext.flow.solvers import LATTICE
-from isonext.inference import jobs, structure_file
+from isonext.inference import jobs, plan, structure_file
 from isonext.pipeline import Pipeline, load_pipeline
 
 FROM_COLD = ("--checkpoint", CHECKPOINT, "--source_style", "cold")
@@ -856,3 +856,50 @@ def test_the_checkpoints_own_settings_are_those_of_a_plain_run_and_a_config_repl
     assert "heun, 2 steps a leg, source guidance 3, strength 1\n" in out_of(infer(*base, *config))
     out = out_of(infer(*base, *config, "--set", "inference.num_steps=4", "--cfg_scale", "1", "--strength", "0.5"))
     assert "heun, 4 steps a leg, no guidance, strength 0.5\n" in out
+
+
+def test_in_a_mixed_folder_full_batches_of_a_frequent_size_are_compiled_and_nothing_else(
+    infer, tmp_path, studio, monkeypatch
+):
+    """Seven pictures of one size among three of another: of them six make three full batches."""
+    sizes = [(24, 24), (16, 24), (24, 24), (24, 24), (16, 24), (24, 24), (24, 24), (16, 24), (24, 24), (24, 24)]
+    for number, (width, height) in enumerate(sizes):
+        draw(tmp_path / "in" / f"{number}.png", width, height, number)
+    shapes, real = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        def run(*values):
+            shapes.append(max((tuple(value.shape) for value in values if isinstance(value, torch.Tensor)), key=len))
+            return graph(*values)
+
+        return run
+
+    flags = (*TO_WARM, "--input", tmp_path / "in", "--batch_size", "2", "--num_steps", "1", "--cfg_scale", "1")
+    out_of(infer(*flags, "--output", tmp_path / "plain", "--certify", "--compile", "off"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend=backend, **options))
+    monkeypatch.setattr(plan, "is_worth_compiling", lambda trained, pipeline, space, count: count >= 6 * 2)
+    torch.compiler.reset()
+    out = out_of(infer(*flags, "--output", tmp_path / "auto", "--certify"))
+    assert "certificate: exact" in out
+    assert {shape[0] for shape in shapes} == {2} and {shape[2:] for shape in shapes} == {(6, 6)}
+    # 3 batches of 2 blocks: a leg of one step by alf has 3 evaluations, the way back 2 of each leg again at least
+    assert len(shapes) % (3 * 2) == 0 and len(shapes) >= 3 * 2 * 6
+    for number in range(10):
+        gap = pixels(tmp_path / "plain" / f"{number}.png") - pixels(tmp_path / "auto" / f"{number}.png")
+        assert np.abs(gap).max() <= 1
+
+
+def test_more_sizes_are_compiled_than_torch_would_by_itself(pipeline, monkeypatch):
+    graphs, real = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend=backend, **options))
+    torch.compiler.reset()
+    pipeline.compile()
+    with torch.inference_mode():
+        for side in range(4, 15):
+            pipeline(torch.zeros(1, 12, side, side), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    assert len(graphs) == 11

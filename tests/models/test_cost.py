@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from isonext.models.cost import Footprint, footprint, forward_flops, step_flops
+from isonext.models.cost import Footprint, call_bytes, footprint, forward_flops, step_flops
 from model import DepthwiseConv, IsoNext
 
 SIZES = {
@@ -93,3 +93,23 @@ def test_the_operations_of_a_step_are_those_counted_by_hand():
     assert forward_flops(network, 5, (4, 4)) == 2 * 5 * 16 * (288 + 2 * 584)
     again = step_flops(network, 5, (4, 4), recompute=True)
     assert again == 2 * 5 * 16 * (3 * 288 - 144 + 4 * 2 * 584)
+
+
+def test_a_call_takes_its_input_and_what_is_held_at_once_counted_by_hand():
+    x = 4 * 2 * 3 * 8 * 8
+    assert call_bytes(lambda: torch.relu, (2, 3, 8, 8)) == 2 * x
+    assert (
+        call_bytes(lambda: lambda t: t.relu().neg().abs(), (2, 3, 8, 8)) == 3 * x
+    )  # each only until the next is there
+    weights = torch.nn.Conv2d(3, 5, 2, stride=2)
+    assert call_bytes(lambda: weights, (2, 3, 8, 8)) == x + 4 * 2 * 5 * 4 * 4, "real weights do not count"
+    assert call_bytes(lambda: torch.nn.Conv2d(3, 5, 2, stride=2), (2, 3, 8, 8)) == x + 4 * 2 * 5 * 4 * 4
+
+
+def test_group_norm_is_float32_as_on_a_card():
+    def norm(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.nn.functional.group_norm(x.bfloat16(), 1)
+
+    # in BF16: x, its copy of 2 bytes, the norm's input in float32, and its result
+    assert call_bytes(lambda: norm, (2, 3, 8, 8)) == pytest.approx((4 + 2 + 4 + 4) * 384, abs=64)  # and its statistics

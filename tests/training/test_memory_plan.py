@@ -10,7 +10,7 @@ import torch
 from helpers import call, refused
 from isonext.checkpoint import build_model, network_of
 from isonext.config import TrainingConfig
-from isonext.models.cost import Footprint, step_flops
+from isonext.models.cost import Footprint, call_bytes, step_flops
 from isonext.training import memory_plan
 from isonext.training.memory_plan import (
     MicroBatch,
@@ -136,6 +136,40 @@ def test_the_plan_of_a_store_has_its_figures(store, make_config, printed, monkey
     assert table["most at once in 8 GiB"].split() == ["4", "4", "4"]
     flags = "--set training.micro_batch_size=4 --set training.gradient_checkpointing=false"
     assert lines[-1] == f"for 8 GiB: {flags}"
+
+
+def test_what_is_beside_the_steps_has_its_figures_too(store, make_config, printed, tmp_path, monkeypatch):
+    """Through dct nothing is held but pixels (3 x 16 x 16) and latents (12 x 4 x 4): 960 floats a picture."""
+    monkeypatch.setattr(memory_plan, "GIB", 2**10)
+    legs = {}
+
+    def count(make, shape):
+        legs[shape] = call_bytes(make, shape)
+        return legs[shape]
+
+    monkeypatch.setattr(memory_plan, "call_bytes", count)
+    lines = printed(vram=1e9)
+    place = lines.index("beside the steps              peak memory")
+    parameters = count_parameters(build_model(make_config(store), memory_plan.read_meta(store / "latents").latents))
+    kernels = 2 * 12 * 3 * 4 * 4  # dct's
+    assert set(legs) == {(16, 3, 16, 16), (8, 3, 16, 16), (16, 12, 4, 4), (8, 12, 4, 4), (32, 12, 4, 4)}
+    assert legs[(16, 3, 16, 16)] == 2 * legs[(8, 3, 16, 16)] == 4 * 16 * 960 < legs[(16, 12, 4, 4)]
+    assert lines[place + 1 : place + 5] == [
+        f"preprocessing, 16 at once     {4 * (kernels + 16 * 960) / 2**10:.2f} GiB",
+        f"validation, 16 at once        {(20 * parameters + 4 * kernels + legs[(32, 12, 4, 4)]) / 2**10:.2f} GiB",
+        f"inference, 8 at once          {(4 * parameters + 4 * kernels + legs[(16, 12, 4, 4)]) / 2**10:.2f} GiB",
+        "",
+    ]
+
+
+def test_an_autoencoder_that_is_not_there_is_neither_fetched_nor_guessed(tmp_path, printed):
+    changes = {"autoencoder.name": "some/vae", "data.image_size": 64, "data.data_root": str(tmp_path / "none")}
+    lines = printed(changes)
+    place = lines.index("beside the steps              peak memory")
+    assert lines[place + 1] == "preprocessing, 16 at once     unknown"
+    assert all(line.endswith(" GiB and the autoencoder's") for line in lines[place + 2 : place + 4])
+    reason = "autoencoder some/vae: no such local folder, and not in the cache"
+    assert lines[place + 4] == f"what the autoencoder takes is unknown: {reason}"
 
 
 @pytest.mark.parametrize("short", [False, True])

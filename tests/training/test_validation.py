@@ -200,3 +200,14 @@ def test_a_folder_that_holds_only_the_best_is_not_trained_over(scored, store):
         path.unlink()
     with pytest.raises(UserError, match="holds the checkpoints of a run"):
         scored([0.1], 1)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_a_preview_for_which_there_is_no_memory_is_left_out(capsys, error):
+    with validation.dispensable("preview"):
+        raise error
+    assert capsys.readouterr().out.startswith("warning: no preview: ")
+    with pytest.raises(RuntimeError, match="a fault"), validation.dispensable("preview"):
+        raise RuntimeError("a fault")

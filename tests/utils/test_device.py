@@ -4,6 +4,7 @@ import ctypes
 import os
 
 import pytest
+import torch
 
 from isonext.utils import device
 
@@ -51,3 +52,44 @@ def test_the_c_library_is_told_to_keep_memory(monkeypatch):
 def test_without_mallopt_nothing_happens(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     device.prepare_process()
+
+
+def test_memory_that_ran_out_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58, dtype=torch.uint8)  # more than an address can say
+    assert device.is_out_of_memory(caught.value)
+    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and device.is_out_of_memory(
+        MemoryError()
+    )
+    assert not device.is_out_of_memory(RuntimeError("shape '[7]' is invalid")) and not device.is_out_of_memory(
+        OSError()
+    )
+
+
+@pytest.mark.parametrize(("room", "tried"), [(9, [8]), (4, [8, 4]), (1, [8, 4, 2, 1])])
+def test_what_does_not_fit_begins_again_smaller(room, tried):
+    size, seen = [8], []
+
+    def work():
+        seen.append(size[0])
+        if size[0] > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return size[0] * 10
+
+    def halve():
+        size[0] //= 2
+
+    assert device.fitting(work, lambda: halve) == 10 * tried[-1]
+    assert seen == tried
+
+
+def test_where_nothing_is_left_to_cut_or_it_is_no_memory_the_error_stands():
+    for error, asked in ((torch.OutOfMemoryError("CUDA out of memory"), 1), (RuntimeError("else"), 0)):
+        calls = []
+
+        def work(error=error):
+            raise error
+
+        with pytest.raises(type(error), match=str(error)):
+            device.fitting(work, lambda calls=calls: calls.append(1))
+        assert len(calls) == asked

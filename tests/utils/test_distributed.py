@@ -264,10 +264,14 @@ def test_the_shares_of_a_folder_are_whole_batches_and_everything_once(pictures, 
     jobs, skipped = inputs.find_jobs(pictures, tmp_path / "out"), []
 
     def batches() -> list[list[str]]:
-        return [[job.source.stem for job in one.jobs] for one in inputs.load_batches(jobs, Plain(), None, 2, skipped)]
+        planned = inputs.plan_batches(jobs, None, 2)
+        return [
+            [job.source.stem for job in one.jobs] for one in inputs.load_batches(planned, Plain(), None, 2, skipped)
+        ]
 
     whole = batches()
-    assert whole == [["00", "01"], ["02"], ["03", "04"], ["05", "06"], ["07", "08"], ["09"], ["10"]]  # 02a is cut off
+    # of one size together; 02a, whose header is sound, is cut off
+    assert whole == [["00", "01"], ["02"], ["03", "04"], ["07", "08"], ["09"], ["05", "06"], ["10"]]
     bad, skipped = sorted(skipped), []
     shares = []
     for number in (0, 1):
