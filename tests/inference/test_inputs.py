@@ -217,7 +217,7 @@ def test_an_output_that_a_linked_folder_of_the_input_leads_to_is_refused(tmp_pat
 def test_a_picture_that_size_would_enlarge_without_bounds_is_skipped_before_it_is(tmp_path):
     jobs = drawn(tmp_path, [(1, 5000), (16, 16)])
     skipped = []
-    batches = list(load_batches(jobs, fake_pipeline(), 512, 2, skipped))
+    batches = list(load_batches(plan_batches(jobs, 512, 2), fake_pipeline(), 512, 2, skipped))
     assert [job.source for batch in batches for job in batch.jobs] == [jobs[1].source]
     (line,) = skipped
     assert line.startswith(f"{jobs[0].source}: ") and "512 x 2560000" in line
@@ -228,15 +228,15 @@ def test_a_result_too_wide_for_its_format_is_refused_before_the_work(tmp_path):
     job = Job(tmp_path / "wide.png", tmp_path / "wide.jpg")
     words = r"wide\.png: its result .*wide\.jpg: would have 66000 x 1 pixels, a \.jpg has at most 65500 a side"
     with pytest.raises(UserError, match=words):
-        list(load_batches([job], fake_pipeline(), None, 1, None))
+        list(load_batches(plan_batches([job], None, 1), fake_pipeline(), None, 1, None))
 
 
 def test_a_sheet_of_styles_too_wide_for_its_format_is_refused_before_the_work(tmp_path):
     Image.new("L", (8200, 1)).save(tmp_path / "a.png")
     job = Job(tmp_path / "a.png", tmp_path / "a.jpg")
-    assert len(list(load_batches([job], fake_pipeline(), None, 1, None, on_sheet=3))) == 1
+    assert len(list(load_batches(plan_batches([job], None, 1), fake_pipeline(), None, 1, None, on_sheet=3))) == 1
     with pytest.raises(UserError, match=r"a\.jpg: would have 65654 x \d+ pixels"):  # 8 x (8200 + 6) + 6
-        list(load_batches([job], fake_pipeline(), None, 1, None, on_sheet=9))
+        list(load_batches(plan_batches([job], None, 1), fake_pipeline(), None, 1, None, on_sheet=9))
 
 
 def test_what_the_autoencoder_raises_is_a_line_for_each_picture_of_the_batch_alone(tmp_path):
@@ -249,12 +249,12 @@ def test_what_the_autoencoder_raises_is_a_line_for_each_picture_of_the_batch_alo
         return encode(pixels)
 
     pipeline.encode = fail
-    batches = list(load_batches(jobs, pipeline, None, 2, skipped))
+    batches = list(load_batches(plan_batches(jobs, None, 2), pipeline, None, 2, skipped))
     assert [job.source for batch in batches for job in batch.jobs] == [jobs[2].source]
     advice = "a smaller --size or --batch_size takes less"
     assert skipped == [f"{job.source}: cannot be encoded (not enough memory); {advice}" for job in jobs[:2]]
     with pytest.raises(RuntimeError, match="not enough memory"):
-        list(load_batches(jobs[:1], pipeline, None, 1, None))
+        list(load_batches(plan_batches(jobs[:1], None, 1), pipeline, None, 1, None))
 
 
 def test_one_picture_may_change_its_format(tmp_path):
