@@ -495,7 +495,9 @@ def test_the_pipeline_makes_pictures_of_every_user_and_measures_them(tmp_path):
     done = call(tmp_path, PIPELINE, "--quick", *TINY)
     assert done.returncode == 0, done.stderr
     made = {path.name for path in (tmp_path / "outputs/micro_doppler").iterdir()}
-    assert made == {"grid.png"} | {f"user{user}_{number:03}.png" for user in (1, 2) for number in range(1, 5)}
+    assert made == {"grid.png", "samples.json"} | {
+        f"user{user}_{number:03}.png" for user in (1, 2) for number in range(1, 5)
+    }
     report = json.loads((tmp_path / "checkpoints/micro_doppler_quick/report.json").read_text())
     assert report["pictures"] == {"training": 24, "held-out": 8, "generated": 8} and "coded" in report["figures"]
     assert "look at outputs/micro_doppler/grid.png" in done.stdout
