@@ -1,8 +1,20 @@
 """The one error that a user sees, and what is told of those of others."""
 
+import os
+
 
 class UserError(Exception):
     """Bad input. Its one line says what was wrong, where, and what to do; the command exits with status 2."""
+
+
+class WriteError(UserError, OSError):
+    """A file that could not be written; `strerror` is the reason alone."""
+
+    def __init__(self, path: str | os.PathLike, reason: str) -> None:
+        super().__init__(
+            f"{path}: could not be written ({reason}); make room, or choose another place, and run it again"
+        )
+        self.strerror = reason
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import getpass
 import os
 import platform
 from collections.abc import Iterator
@@ -91,8 +92,13 @@ def prepare_process() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block is had from the system singly
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is freed stays with the process
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "isonext", "compiled")
-    with contextlib.suppress(OSError):  # torch's own place for it is a folder that a restart of the machine empties
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a user whom the system has no entry of, as in containers: torch's compiler asks
+        os.environ["LOGNAME"] = f"user{os.getuid()}"
+    with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
+        # torch's own place for it is a folder that a restart of the machine empties.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "isonext", "compiled")
         cache.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from isonext.errors import UserError, first_line
+from isonext.errors import UserError, WriteError, first_line
 
 THREADS = 4  # that read and write pictures
 _COUNT = itertools.count()
@@ -25,19 +26,36 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """Yields a path beside the target to write to; only when the block succeeds does it take the target's name.
 
     It is hidden and keeps the suffix (`.name.tmp123.png`), so that writers which look at the suffix work and no reader
-    of the folder takes an unfinished file for a finished one.
+    of the folder takes an unfinished file for a finished one. A disk that is full, or cannot be written to, is a
+    WriteError.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     writer = f"{os.getpid()}_{next(_COUNT)}"  # names that begin alike may be written at once
     beside = path.with_name(f".{path.stem[:64]}.tmp{writer}{path.suffix}")  # names may be 255 bytes long
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except Exception as error:
+        if isinstance(error, UserError) or (reason := _why_unwritten(error)) is None:
+            raise
+        raise WriteError(path, reason) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder could not be made there is none
+            beside.unlink(missing_ok=True)
+
+
+def _why_unwritten(error: Exception) -> str | None:
+    """The reason where an error comes from the disk and not from what was to be written; libraries wrap it."""
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error)
+    if isinstance(error, SafetensorError):
+        return first_line(error)
+    if "inline_container" in str(error):  # torch's writer, which may know no more than that bytes are missing
+        return getattr(error.__context__, "strerror", None) or "the disk may be full"
+    return None
 
 
 def remove_unfinished(folder: Path) -> None:

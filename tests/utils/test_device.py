@@ -1,6 +1,7 @@
 """What is set up once a process, where a machine allows it and where it does not."""
 
 import ctypes
+import getpass
 import os
 
 import pytest
@@ -33,6 +34,17 @@ def test_where_no_cache_folder_can_be_made_torch_chooses(no_cache_yet, monkeypat
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     device.prepare_process()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="user ids are POSIX's")
+def test_a_user_without_entry_name_and_home_has_a_name_and_torch_chooses(no_cache_yet, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOGNAME", "")  # so that it is taken away again
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # of whom pwd knows nothing
+    device.prepare_process()
+    assert getpass.getuser() == "user54321"
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 

@@ -1,3 +1,4 @@
+import io
 import os
 import pickle
 import signal
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from helpers import ROOT, call
 from isonext.errors import UserError
@@ -28,6 +30,40 @@ def test_an_exception_leaves_nothing_behind_and_keeps_the_old_content(tmp_path, 
         fail()
     assert [p.name for p in tmp_path.iterdir()] == (["entry.png"] if old else [])
     assert not old or path.read_bytes() == old
+
+
+def full_disk(path):
+    raise OSError(28, "No space left on device")
+
+
+def full_disk_within_torch(path):
+    class Full(io.BytesIO):
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+    torch.save(torch.zeros(9), Full())
+
+
+def full_disk_within_safetensors(path):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("write", [full_disk, full_disk_within_torch, full_disk_within_safetensors])
+def test_a_full_disk_is_one_line_with_the_path_whoever_writes(tmp_path, write):
+    path = tmp_path / "deep" / "entry.pt"
+    with pytest.raises(UserError) as caught, written_whole(path) as beside:
+        beside.write_bytes(b"half")
+        write(beside)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: could not be written (") and "No space left on device" in line
+    assert "make room" in line and "\n" not in line and not list(path.parent.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_the_same_line(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "entry.pt"
+    with pytest.raises(UserError, match="could not be written"), written_whole(path):
+        pytest.fail("there is no place to write to")
 
 
 def test_a_block_that_succeeds_puts_the_whole_new_content_in_place(tmp_path):
