@@ -1,6 +1,8 @@
 """The one error that a user sees, and what is told of those of others."""
 
+import json
 import os
+from typing import Any
 
 
 class UserError(Exception):
@@ -15,6 +17,15 @@ class WriteError(UserError, OSError):
             f"{path}: could not be written ({reason}); make room, or choose another place, and run it again"
         )
         self.strerror = reason
+
+
+def brief(value: Any) -> str:
+    """A value for people, as JSON where it has that form: one line, at most 80 letters."""
+    try:
+        shown = json.dumps(value, default=lambda other: type(other).__name__)
+    except (ValueError, TypeError, RecursionError):  # of too many digits, of keys that are no texts, too deep
+        shown = f"a {type(value).__name__}"
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def first_line(error: BaseException) -> str:

@@ -20,7 +20,14 @@ from isonext.flow.transfer import Inverted, Transfer, TransferSettings
 from isonext.inference.inputs import Batch, Job, find_jobs, load_batches, load_stored_latent, picture_path
 from isonext.inference.options import RestoreOptions, RestyleOptions, TransferOptions
 from isonext.inference.plan import Plan, Target, open_pipeline, plan_restyle, plan_transfer
-from isonext.inference.structure_file import Structure, fixed_bits, load_structure, refuse_other_bits, save_structure
+from isonext.inference.structure_file import (
+    Structure,
+    fixed_bits,
+    load_structure,
+    refuse_other_bits,
+    refuse_other_shape,
+    save_structure,
+)
 from isonext.utils import distributed
 from isonext.utils.device import deterministic
 from isonext.utils.io import in_background
@@ -91,6 +98,7 @@ def restyle_structure(options: RestyleOptions) -> int:
     structure = load_structure(options.structure)
     plan = plan_restyle(options, structure)
     refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint",))
+    refuse_other_shape(structure, plan.pipeline, options.structure)
     pipeline, source, settings = plan.pipeline, plan.source, plan.settings
     state = move(structure.state, pipeline.device)
     started = time.perf_counter()
@@ -118,6 +126,7 @@ def restore_picture(options: RestoreOptions) -> int:
     output, structure = picture_path(options.output), load_structure(options.structure)
     pipeline, _ = open_pipeline(options.network, structure)
     refuse_other_bits(structure, pipeline, options.structure)
+    refuse_other_shape(structure, pipeline, options.structure)
     source = pipeline.spec.style_id(structure.source)
     with deterministic(pipeline.device):
         picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings)

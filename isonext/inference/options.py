@@ -11,6 +11,9 @@ from typing import Any
 from isonext.errors import UserError
 
 
+LARGEST_SIDE = 16384  # pixels: a picture of it has 800 MB before the network sees it
+
+
 def check_range(flag: str, value: float | None, low: float, high: float | None = None) -> None:
     """UserError unless `value` lies in the range, both ends included; None is a flag that was not given."""
     if value is not None and not (low <= value and (high is None or value <= high)):  # written so that NaN fails
@@ -34,7 +37,7 @@ class NetworkOptions:
     batch_size: int = 8  # pictures at once
 
     def __post_init__(self) -> None:
-        check_range("batch_size", self.batch_size, 1)
+        check_range("batch_size", self.batch_size, 1, 4096)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class TransferOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_range("size", self.size, 1)
+        check_range("size", self.size, 1, LARGEST_SIDE)
         check_range("min_structure", self.min_structure, -1, 1)
         if self.compare and self.targets.several:
             raise UserError("--compare is for one target; the sheet of several shows the picture already")
@@ -137,6 +140,6 @@ class SampleOptions:
     def __post_init__(self) -> None:
         check_range("num_samples", self.num_samples, 1)
         check_range("num_samples_per_style", self.num_samples_per_style, 1)
-        check_range("seed", self.seed, 0)
+        check_range("seed", self.seed, 0, 2**63 - 1)
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"--output {self.output}: is a file; give a folder")

@@ -19,6 +19,7 @@ from isonext.inference.options import (
 from isonext.inference.structure_file import SUFFIX, Structure
 from isonext.pipeline import Pipeline, load_pipeline, transfer_settings
 from isonext.utils.device import allow_tf32, pick_device
+from isonext.utils.schema import placed
 
 COMPILE_FROM = 100  # pictures in a folder that make up for the time that compiling takes
 
@@ -35,7 +36,7 @@ class Target:
     def path(self, output: Path) -> Path:
         """Where it goes, beside the sheet `output`."""
         folder = output.with_name(f"{output.stem}_frames") if self.is_frame else output.parent
-        return folder / f"{output.stem}_{self.label}{output.suffix}"
+        return placed(folder, f"{output.stem}_{self.label}{output.suffix}")
 
 
 @dataclass

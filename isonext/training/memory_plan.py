@@ -20,6 +20,7 @@ from model import Recompute, VelocityNetwork
 
 GIB = 2**30
 USABLE = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
+LARGEST_CARD = 100_000  # GiB
 CONTEXT = GIB // 2  # of a card, taken by CUDA before the first tensor
 MIN_AT_ONCE = 8  # pictures that keep a device busy
 
@@ -102,8 +103,8 @@ def describe_reduction(training: TrainingConfig, chosen: MicroBatch, share: int)
 
 def print_plan(config: Config, vram: float | None) -> None:
     """What training by this config costs, and the flags that make it fit `vram` GiB; runs and writes nothing."""
-    if vram is not None and not 0 < vram < math.inf:  # written so that NaN fails
-        raise UserError(f"--vram {vram:g}: the memory of a card in GiB, a number above 0")
+    if vram is not None and not 0 < vram <= LARGEST_CARD:  # written so that NaN fails
+        raise UserError(f"--vram {vram:g}: the memory of a card in GiB, a number above 0 and at most {LARGEST_CARD}")
     card = torch.cuda.is_available()
     if vram is None:
         vram = torch.cuda.mem_get_info()[1] / GIB if card else 8.0

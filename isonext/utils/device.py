@@ -31,6 +31,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it has no memory, and so no pictures")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)

@@ -93,6 +93,9 @@ def _check_sums(path: Path, what: str) -> None:
     if not zipfile.is_zipfile(path):  # torch's format; false for a file that was cut off, too
         raise UserError(f"{path}: damaged, or not a {what}")
     with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()  # torch packs nothing: what says it is larger than the file would never end
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise UserError(f"{path}: not a {what}: it is a packed archive, which torch does not write")
         broken = archive.testzip()
     if broken:
         raise UserError(f"{path}: damaged: the checksum of its part {broken} does not match")
