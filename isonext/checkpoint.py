@@ -32,7 +32,9 @@ MOST_TOKENS = 2**16  # of a transformer: more than it could attend to
 
 def _guard(value: Any, where: str) -> dict:
     """What the guard remembers; nothing in a checkpoint of format 1."""
-    return record(norms=listed(number(0, 1e38)), skipped=whole(), in_a_row=whole())(value, where) if value else {}
+    if isinstance(value, dict) and not value:
+        return value
+    return record(norms=listed(number(0, 1e38)), skipped=whole(), in_a_row=whole())(value, where)
 
 
 ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on each other

@@ -10,7 +10,6 @@ from typing import Any
 
 from isonext.errors import UserError
 
-
 LARGEST_SIDE = 16384  # pixels: a picture of it has 800 MB before the network sees it
 
 
@@ -37,7 +36,7 @@ class NetworkOptions:
     batch_size: int = 8  # pictures at once
 
     def __post_init__(self) -> None:
-        check_range("batch_size", self.batch_size, 1, 4096)
+        check_range("batch_size", self.batch_size, 1, 65536)
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,6 @@ class SampleOptions:
     def __post_init__(self) -> None:
         check_range("num_samples", self.num_samples, 1)
         check_range("num_samples_per_style", self.num_samples_per_style, 1)
-        check_range("seed", self.seed, 0, 2**63 - 1)
+        check_range("seed", self.seed, 0)
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"--output {self.output}: is a file; give a folder")
