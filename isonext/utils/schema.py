@@ -30,7 +30,7 @@ class Mismatch(ValueError):
     """What does not fit its schema: the place, the value, what was allowed."""
 
     def __init__(self, where: str, value: Any, allowed: str) -> None:
-        super().__init__(f"{where} = {brief(value)}: must be {allowed}")
+        super().__init__(f"{where[:200]} = {brief(value)}: must be {allowed}")
 
 
 #################################################################################
@@ -94,7 +94,7 @@ def mapped(entry: Check, key: Check | None = None) -> Check:
     def check(value: Any, where: str) -> dict:
         if not isinstance(value, dict):
             raise Mismatch(where, value, "an object of named entries")
-        return {key(name, f"a name in {where}"): entry(part, f"{where}[{brief(name)}]") for name, part in value.items()}
+        return {key(name, f"a name in {where}"): entry(part, f"{where}[{name}]") for name, part in value.items()}
 
     return check
 

@@ -59,7 +59,7 @@ def matters(part: str, rest: tuple) -> bool:
     """Whether a field is not one of many alike: options of the optimizer, which nobody reads, and of the config, which
     tests/test_config.py goes through."""
     if part == "optimizer":
-        return rest[0] == "state" or len(rest) < 3 or rest[2] == "params"
+        return rest[:2] in ((), ("state",), ("state", 0)) or len(rest) < 3 or rest[2] == "params"
     return part != "config" or len(rest) < 2 or rest[0] == "model"
 
 

@@ -3,6 +3,7 @@
 Nothing here harms any software: the values are of the wrong type or size, and only what this project checks sees them.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ PLAIN = {  # what JSON can say
 }
 
 
+@functools.cache
 def deep_list() -> list:
     inner: list = []
     for _ in range(100_000):
@@ -74,7 +76,7 @@ def fields(tree: Any, path: tuple = ()) -> Iterator[tuple]:
     if path:
         yield path
     if isinstance(tree, dict):
-        few = list(tree)[: None if len(path) < 2 or len(tree) < 20 else 2]
+        few = list(tree)[: None if len(path) < 1 or len(tree) < 20 else 2]
         for name in few:
             yield from fields(tree[name], (*path, name))
     if isinstance(tree, list | tuple) and tree:
