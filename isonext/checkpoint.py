@@ -46,7 +46,7 @@ ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on
     "ema": mapped(dense()),
     "optimizer": record(
         state=mapped(mapped(dense()), key=whole()),
-        param_groups=listed(record(params=listed(whole()))),
+        param_groups=listed(record(params=listed(whole()), lr=number(0, 1e4))),
     ),
     "ema_head_start": whole(),
     "version": text(),

@@ -14,9 +14,9 @@ from isonext.data.autoencoder import DctCodec
 from isonext.data.external import survey
 from isonext.data.store import LatentSpec, StoreMeta, read_meta, shown
 from isonext.errors import UserError
-from isonext.models.cost import Footprint, footprint, step_flops
+from isonext.models.cost import COPIES, Footprint, footprint, step_flops
 from isonext.utils.device import has_bf16
-from model import Recompute, VelocityNetwork
+from model import Recompute, VelocityNetwork, count_parameters
 
 GIB = 2**30
 USABLE = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
@@ -71,6 +71,19 @@ def choose_micro_batch(
     if recompute == "selective" and needs("none").largest(limit) >= size:
         recompute = "none"
     return MicroBatch(size, recompute)
+
+
+def refuse_too_large(network: Callable[..., VelocityNetwork], free: float) -> None:
+    """UserError where the parameters, and what training keeps of each, are more than `free` bytes: a system that hands
+    out memory it has not would end the process without a word."""
+    with torch.device("meta"):
+        parameters = count_parameters(network())
+    held = 4 * COPIES * parameters
+    if held > free:
+        raise UserError(
+            f"the network's {parameters / 1e6:.0f} M parameters take {held / GIB:.1f} GiB in training, "
+            f"and {free / GIB:.1f} GiB are free; lower model.hidden_dim or model.num_layers (see train.py --plan)"
+        )
 
 
 def equal_pieces(share: int, most: int) -> int:

@@ -95,8 +95,9 @@ class TrainState:
         self.step, self.guard = tree["step"], Guard(tree["guard"])
 
     def _load_optimizer(self, tree: dict[str, Any], path: Path) -> None:
-        """Its moments, and nothing else: all options are those of this run. UserError where they do not fit."""
-        options = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
+        """Its moments and rate; the other options are those of this run. UserError where they do not fit."""
+        kept = ("params", "lr")
+        options = [{key: group[key] for key in group if key not in kept} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(tree)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -104,7 +105,12 @@ class TrainState:
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
             for parameter in group["params"]:
-                moments = self.optimizer.state.get(parameter, {})
-                shapes = {name: tuple(moment.shape) for name, moment in moments.items() if name != "step"}
-                if moments and ("step" not in moments or shapes != dict.fromkeys(MOMENTS, tuple(parameter.shape))):
-                    raise UserError(f"{path}: the optimizer's state does not fit (it has moments of {shapes})")
+                _refuse_other_moments(self.optimizer.state.get(parameter, {}), parameter, path)
+
+
+def _refuse_other_moments(moments: dict[str, torch.Tensor], parameter: torch.Tensor, path: Path) -> None:
+    """UserError unless they are AdamW's of this parameter; before its first step there are none."""
+    shapes = {name: tuple(moment.shape) for name, moment in moments.items() if name != "step"}
+    counted = "step" in moments and moments["step"].numel() == 1
+    if moments and not (counted and shapes == dict.fromkeys(MOMENTS, tuple(parameter.shape))):
+        raise UserError(f"{path}: the optimizer's state does not fit (it has moments of {shapes})")

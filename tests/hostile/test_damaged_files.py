@@ -24,6 +24,8 @@ from isonext.flow.base import Base
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import TransferSettings
 from isonext.inference.structure_file import Structure, _seal, load_structure, refuse_other_shape, save_structure
+from isonext.training.optim import Guard, make_optimizer
+from isonext.training.state import TrainState
 
 CONFIG = config_from_dict({name: values for name, values in TINY.items() if name != "checkpoint"})
 SPEC = LatentSpec("dct:f4c12", 12, 4, 16, ["ink", "oil"], mean=[0.5] * 12, std=[2.0] * 12)
@@ -40,7 +42,7 @@ def good_checkpoint(tmp_path_factory) -> tuple[Path, dict]:
     """A checkpoint after a step of AdamW, and its tree."""
     torch.manual_seed(0)
     path, model = tmp_path_factory.mktemp("checkpoint") / "a.pt", build_model(CONFIG, SPEC)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = make_optimizer(model, CONFIG.training)
     (model(torch.randn(2, 12, 4, 4), torch.rand(2), torch.tensor([0, 2])) - 1).square().sum().backward()
     optimizer.step()
     shapes = ((2, 12), (2, 12), (2, 12, 2, 2), (2, 3, 12, 2, 2), (2, 12, 2, 2))
@@ -48,6 +50,22 @@ def good_checkpoint(tmp_path_factory) -> tuple[Path, dict]:
     weights = model.state_dict()
     Checkpoint(CONFIG, SPEC, base, "digest", guard, 7, 3, weights, weights, optimizer.state_dict()).save(path)
     return path, torch.load(path, weights_only=True)
+
+
+def use_checkpoint(path: Path, part: str) -> None:
+    """Load it, and do with its parts what transfers and training do."""
+    checkpoint = load_checkpoint(path)
+    model, noise, styles = load_model(checkpoint, path, CPU), torch.zeros(2, 12, 4, 4), torch.tensor([0, 1])
+    assert checkpoint.base.x0(noise, noise, styles).isfinite().all()
+    if checkpoint.base.can_sample:
+        checkpoint.base.sample(noise, torch.zeros(2, checkpoint.base.layout_numbers), styles)
+    Guard(checkpoint.guard).passes(1.0)
+    assert checkpoint.step + checkpoint.epoch + checkpoint.ema_head_start < 2**60
+    if part == "optimizer":
+        state = TrainState.start(model.requires_grad_(), checkpoint.config.training)
+        state.load_tree(vars(checkpoint), path)
+        model(noise, torch.zeros(2), styles).sum().backward()
+        state.take_step(checkpoint.config.training, 10)
 
 
 def wrong_for(path: tuple) -> dict:
@@ -75,7 +93,7 @@ def test_a_checkpoint_with_one_wrong_field_is_one_line_or_a_network(good_checkpo
         for name, value in wrong_for(field).items():
             damaged, cases = with_field(tree, field, value), cases + 1
             monkeypatch.setattr(checkpoint_file, "load_data", lambda *_, damaged=damaged: damaged)
-            fault = judge(lambda: load_model(load_checkpoint(path), path, CPU), path)
+            fault = judge(lambda: use_checkpoint(path, part), path)
             faults += [f"{named(field)} = {name}: {fault}"] if fault else []
     assert not faults, f"{len(faults)} of {cases}:\n" + "\n".join(faults)
     assert cases >= 20 and listing(path.parent) == before

@@ -33,6 +33,11 @@ PICTURE = ("--input", "raw_data/cold/000.png", "--output", "out.png")
         ("train", ("--set", "model.num_layers=10000000"), ["num_layers", "from 1 to 1000"]),
         ("train", ("--plan", "--set", "model.hidden_dim=1000000000000"), ["hidden_dim", "from 8 to 65536"]),
         ("train", ("--plan", "--set", "training.batch_size=1000000000000"), ["batch_size", "to 1000000"]),
+        (
+            "train",
+            ("--set", "model.hidden_dim=65536", "--set", "model.num_layers=40", "--set", "checkpoint.save_dir=huge"),
+            ["GiB are free", "lower model.hidden_dim"],
+        ),
         ("train", ("--plan", "--vram", "1e300"), ["--vram 1e+300", "at most 100000"]),
         ("train", ("--set", 'data.data_root="a\\u0000b"'), ["data.data_root", "must be a text"]),
         ("train", ("--set", 'checkpoint.save_dir="\\ud800"'), ["checkpoint.save_dir", "must be a text"]),
