@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import signal
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,17 @@ def test_the_format_before_torch_1_6_is_read_only_of_other_programs(tmp_path):
     assert torch.equal(load_data(path, "VAE checkpoint", foreign=True)["a"], torch.arange(4.0))
     with pytest.raises(UserError, match=r"old\.pt: damaged, or not a checkpoint$"):
         load_data(path, "checkpoint")
+
+
+def test_an_archive_that_unpacks_to_more_than_itself_is_refused_before_it_is_read(tmp_path):
+    torch.save({"a": torch.zeros(10**5)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for part in plain.namelist():
+            packed.writestr(part, plain.read(part))
+    assert (tmp_path / "packed.pt").stat().st_size < 10**4
+    load_data(tmp_path / "plain.pt", "checkpoint")
+    with pytest.raises(UserError, match=r"packed\.pt: not a checkpoint: it is a packed archive"):
+        load_data(tmp_path / "packed.pt", "checkpoint")
