@@ -1,28 +1,58 @@
 """Checkpoints: atomic save, checked load, the network in one, the newest one to resume from."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from isonext import __version__
 from isonext.config import ONLY_OF, Config, config_from_dict, config_to_dict
-from isonext.data.store import LatentSpec, shown
-from isonext.errors import UserError
+from isonext.data.store import LatentSpec, shown, spec_of
+from isonext.errors import UserError, brief, first_line
 from isonext.flow.base import Base
 from isonext.models.dit import DiT
 from isonext.utils.io import load_data, written_whole
+from isonext.utils.schema import Mismatch, dense, listed, made_of, mapped, number, record, text, whole
 from model import IsoNext, VelocityNetwork
 
 FORMAT = 2  # 1 was without base (white noise), store and guard
 BEST = "best.pt"  # of all validations, by the score of training/validation.py
 INTERRUPTED = "stage1_interrupted.pt"  # what Ctrl-C and SIGTERM leave, in the middle of an epoch
+MOST_TOKENS = 2**16  # of a transformer: more than it could attend to
+
+
+def _guard(value: Any, where: str) -> dict:
+    """What the guard remembers; nothing in a checkpoint of format 1."""
+    if isinstance(value, dict) and not value:
+        return value
+    return record(norms=listed(number(0, 1e38)), skipped=whole(), in_a_row=whole())(value, where)
+
+
+ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on each other
+    "store": text(),
+    "guard": _guard,
+    "step": whole(),
+    "epoch": whole(),
+    "model": mapped(dense()),
+    "ema": mapped(dense()),
+    "optimizer": record(
+        state=mapped(mapped(dense()), key=whole()),
+        param_groups=listed(record(params=listed(whole()), lr=number(0, 1e4))),
+    ),
+    "ema_head_start": whole(),
+    "version": text(),
+}
+LAYOUTS = ("mean", "deviation", "layout_mean", "layout_factors", "layout_rest")
+BASE = {"strength": number(0, 1), "cells": whole(1, 64)} | dict.fromkeys(LAYOUTS, dense())
 
 
 @dataclass
@@ -54,25 +84,69 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read and check; anything that is not a checkpoint of this program is refused in one line."""
     tree = load_data(path, "checkpoint")
     names = {entry.name for entry in dataclasses.fields(Checkpoint)} | {"format"}
-    if not isinstance(tree, dict) or "format" not in tree:
+    if not isinstance(tree, dict) or type(tree.get("format")) is not int:
         raise UserError(f"{path}: not a checkpoint of train.py")
     if tree["format"] == 1:
         tree |= {"format": FORMAT, "base": {}, "store": "", "guard": {}}
-        tree["config"].setdefault("training", {})["anchor_strength"] = 0.0
+        with contextlib.suppress(KeyError, AttributeError, TypeError):  # else it is none, as is said below
+            tree["config"].setdefault("training", {})["anchor_strength"] = 0.0
     if tree["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {tree['format']}, this program reads {FORMAT}")
+        raise UserError(f"{path}: checkpoint format {brief(tree['format'])}, this program reads {FORMAT}")
     for name, absent in (("version", ""), ("ema_head_start", 0)):  # format 2 came before them
         tree.setdefault(name, absent)
     if tree.keys() != names:
-        raise UserError(f"{path}: checkpoint entries missing or unknown: {', '.join(sorted(tree.keys() ^ names))}")
+        odd = ", ".join(sorted(str(name)[:40] for name in tree.keys() ^ names)[:8])
+        raise UserError(f"{path}: checkpoint entries missing or unknown: {odd}")
     tree.pop("format")
     tree["config"] = config_from_dict(tree["config"], where=str(path))
     try:
-        tree["base"].pop("power", None)  # from which a base once drew its layouts: now `Base.can_sample` says no
-        tree["latents"], tree["base"] = LatentSpec(**tree["latents"]), Base(**tree["base"])
-    except (TypeError, AttributeError) as error:
+        tree["latents"] = spec_of(tree["latents"])
+        tree["base"] = _base_of(tree["base"], tree["latents"])
+        checkpoint = made_of(Checkpoint, ENTRIES, tree, "checkpoint")
+    except Mismatch as error:
         raise UserError(f"{path}: damaged ({error})") from None
-    return Checkpoint(**tree)
+    _check_sizes(checkpoint, path)
+    return checkpoint
+
+
+def _base_of(tree: Any, spec: LatentSpec) -> Base:
+    """The base of a checkpoint's tree, of the shapes that the latents give it; Mismatch where it cannot be one."""
+    if isinstance(tree, dict):  # "power", from which a base once drew its layouts: now `Base.can_sample` says no
+        tree = {name: value for name, value in tree.items() if name != "power"}
+    base = made_of(Base, BASE, tree, "base")
+    if not base.strength:
+        return Base()
+    squares: tuple[int, ...] = tuple(side // base.cells for side in spec.space)
+    per_style: tuple[int, ...] = (len(spec.styles), spec.channels)
+    expected = {"mean": per_style, "deviation": per_style}
+    if base.layout_mean.numel():
+        rank = base.layout_factors.shape[1] if base.layout_factors.ndim > 1 else 1
+        expected |= dict.fromkeys(("layout_mean", "layout_rest"), (*per_style, *squares))
+        expected["layout_factors"] = (per_style[0], rank, per_style[1], *squares)
+    for name, shape in expected.items():
+        if getattr(base, name).shape != shape:
+            raise Mismatch(f"base.{name}", tuple(getattr(base, name).shape), f"of shape {shape}")
+    if not all(squares) or (base.deviation <= 0).any():
+        raise Mismatch("base", base.cells, "of squares inside the latents, and of deviations above 0")
+    return base
+
+
+def _check_sizes(checkpoint: Checkpoint, path: str | Path) -> None:
+    """UserError where the weights are not those of the config's network, before memory is had for one of its size."""
+    config = checkpoint.config
+    blocks = {name.split(".")[1] for name in checkpoint.ema if name.startswith("blocks.")}
+    if len(blocks) != config.model.num_layers:
+        counts = f"model.num_layers = {config.model.num_layers}, but the weights are of {len(blocks)}"
+        raise UserError(f"{path}: damaged ({counts})")
+    try:
+        with torch.device("meta"):
+            own = build_model(config, checkpoint.latents).state_dict()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except RuntimeError as error:  # sizes whose product nobody can count
+        raise UserError(f"{path}: damaged (its config is of no network: {first_line(error)})") from None
+    for weights in (checkpoint.ema, checkpoint.model):
+        refuse_other_weights(own, weights, path)
 
 
 def network_of(config: Config, spec: LatentSpec) -> Callable[..., VelocityNetwork]:
@@ -90,6 +164,11 @@ def network_of(config: Config, spec: LatentSpec) -> Callable[..., VelocityNetwor
     patch = config.model.patch_size
     if any(side % patch for side in spec.space):
         raise UserError(f"model.patch_size = {patch} must divide the latents' {shown(spec.space)} cells")
+    tokens = math.prod(side // patch for side in spec.space)
+    if tokens > MOST_TOKENS:
+        raise UserError(
+            f"model.patch_size = {patch} makes {tokens} tokens of a latent; at most {MOST_TOKENS} are allowed"
+        )
     return functools.partial(DiT, size=spec.space, **options | counted)
 
 
@@ -107,13 +186,17 @@ def load_model(checkpoint: Checkpoint, path: str | Path, device: torch.device) -
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Copy weights in; a missing, extra or misshapen one is an error that names it."""
-    own = model.state_dict()
+    refuse_other_weights(model.state_dict(), weights, path)
+    model.load_state_dict(weights)
+
+
+def refuse_other_weights(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path) -> None:
+    """UserError where the weights are not those of a network that has `own`."""
     wrong = sorted(own.keys() ^ weights.keys())
     wrong += [name for name in sorted(own.keys() & weights.keys()) if own[name].shape != weights[name].shape]
     if wrong:
-        shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        shown = ", ".join(name[:80] for name in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise UserError(f"{path}: {len(wrong)} weights missing, extra or of another shape: {shown}")
-    model.load_state_dict(weights)
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:

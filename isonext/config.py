@@ -12,6 +12,7 @@ An unknown key, a wrong type and a value out of range are errors that name the k
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 import types
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from isonext.errors import UserError
+from isonext.errors import UserError, brief
 
 
 def key(default: Any, why: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
@@ -37,17 +38,17 @@ class ModelConfig:
         "the network: a convolutional one for transfers at any size, or a transformer of one size",
         choices=("isonext", "dit"),
     )
-    latent_channels: int | None = key(None, "counted from the latent store; must agree with it if given", 1)
-    hidden_dim: int = key(384, "width D: 384 fits 8 GB, 512 fits 12 GB", 8)
-    num_layers: int = key(12, "depth N, every block at full resolution", 1)
-    num_styles: int | None = key(None, "counted from the latent store; must agree with it if given", 1)
-    time_dim: int = key(256, "width of the embedding of t (even); isonext: and of the joint condition", 2)
+    latent_channels: int | None = key(None, "counted from the latent store; must agree with it if given", 1, 65536)
+    hidden_dim: int = key(384, "width D: 384 fits 8 GB, 512 fits 12 GB", 8, 65536)
+    num_layers: int = key(12, "depth N, every block at full resolution", 1, 1000)
+    num_styles: int | None = key(None, "counted from the latent store; must agree with it if given", 1, 10**6)
+    time_dim: int = key(256, "width of the embedding of t (even); isonext: and of the joint condition", 2, 65536)
     kernel_size: int = key(7, "isonext: depthwise kernel (odd); 7 is ConvNeXt's", 1, 31)
-    style_dim: int = key(256, "isonext: width of a style's embedding", 1)
-    num_groups: int = key(32, "isonext: groups of AdaGN; must divide hidden_dim", 1)
-    expansion: int = key(4, "isonext: the pointwise layers widen D this many times", 1)
+    style_dim: int = key(256, "isonext: width of a style's embedding", 1, 65536)
+    num_groups: int = key(32, "isonext: groups of AdaGN; must divide hidden_dim", 1, 65536)
+    expansion: int = key(4, "isonext: the pointwise layers widen D this many times", 1, 64)
     patch_size: int = key(2, "dit: side of a token in latent cells; 1 costs 16 times the attention of 2", 1, 64)
-    num_heads: int = key(6, "dit: attention heads; D over heads must be a multiple of 4", 1)
+    num_heads: int = key(6, "dit: attention heads; D over heads must be a multiple of 4", 1, 4096)
     mlp_ratio: float = key(4.0, "dit: the MLP widens D this many times", 0.5, 64)
     norm: str = key("layer", "dit: rms is cheaper and has weights of its own", choices=("layer", "rms"))
     mlp: str = key("gelu", "dit: swiglu learns faster at the same size", choices=("gelu", "swiglu"))
@@ -57,11 +58,11 @@ class ModelConfig:
 
 @dataclass
 class TrainingConfig:
-    batch_size: int = key(64, "pictures an optimiser step, over all processes", 1)
+    batch_size: int = key(64, "pictures an optimiser step, over all processes", 1, 10**6)
     micro_batch_size: int | Literal["auto"] | None = key(
         "auto", "pictures at once on a device, same gradients; auto is what fits, null the whole batch", 1
     )
-    learning_rate: float = key(1e-4, "AdamW's peak rate; small models (D 128) take 1e-3 to 4e-3", 0)
+    learning_rate: float = key(1e-4, "AdamW's peak rate; small models (D 128) take 1e-3 to 4e-3", 0, 1000)
     stage1_epochs: int = key(200, "passes over the training pictures", 1)
     warmup_steps: int = key(500, "linear warm-up of the rate: early steps are noisy", 0)
     lr_schedule: str = key("cosine", "after the warm-up", choices=("cosine", "constant"))
@@ -93,7 +94,7 @@ class TrainingConfig:
 class DataConfig:
     raw_data_root: str = key("raw_data", "one folder of pictures a style")
     data_root: str = key("latents", "the latent store that preprocess_latents.py writes")
-    num_classes: int | None = key(None, "styles; counted from the folders, must agree with them if given", 1)
+    num_classes: int | None = key(None, "styles; counted from the folders, must agree with them if given", 1, 10**6)
     image_size: int = key(512, "side of the training squares in pixels", 8, 8192)
     flip: bool = key(True, "also encode mirrored pictures; off where left and right differ in meaning")
     val_fraction: float = key(0.05, "held-out part, chosen by a hash of the file's name", 0, 0.9)
@@ -122,7 +123,7 @@ class InferenceConfig:
         "alf is reversible bit for bit; flowedit does without an inversion",
         choices=("alf", "euler", "midpoint", "heun", "rk4", "flowedit"),
     )
-    num_steps: int = key(20, "solver steps a leg", 1)
+    num_steps: int = key(20, "solver steps a leg", 1, 10000)
     time_grid: str = key("uniform", "cosine is finer towards both ends", choices=("uniform", "cosine"))
     time_shift: float = key(
         1.0, "above 1 the steps are finer towards the picture, below 1 towards structure", 0.01, 100
@@ -138,7 +139,7 @@ class InferenceConfig:
     guidance: str = key("source", "contrast with the source style, or the null style", choices=("source", "null"))
     cfg_rescale: float = key(0.0, "how far guidance's gain in contrast is taken back", 0, 1)
     latent_clamp: float | None = key(None, "bound of the final standardised latent; null is none", 0)
-    noise_samples: int = key(1, "flowedit's noises, of which it takes the mean; each costs a transfer", 1)
+    noise_samples: int = key(1, "flowedit's noises, of which it takes the mean; each costs a transfer", 1, 1000)
 
 
 # Which keys of the model section each type has for itself.
@@ -232,10 +233,13 @@ def _read_json(path: Path) -> dict:
 
 def _check_sections(tree: Any, where: str) -> None:
     if not isinstance(tree, dict):
-        raise UserError(f"{where}: a config is a JSON object of sections, not {_show(tree)}")
+        raise UserError(f"{where}: a config is a JSON object of sections, not {brief(tree)}")
     for section, values in tree.items():
         if not isinstance(values, dict):
-            raise UserError(f"{where}: {section} must be a JSON object, not {_show(values)}")
+            raise UserError(f"{where}: {brief(section)} must be a JSON object, not {brief(values)}")
+        for name in (section, *values):
+            if not isinstance(name, str):  # in a checkpoint, which is not JSON
+                raise UserError(f"{where}: {brief(name)} is no name of a key")
 
 
 def _known(name: str, target: Any, where: str, prefix: str) -> None:
@@ -243,7 +247,7 @@ def _known(name: str, target: Any, where: str, prefix: str) -> None:
     if name not in names:
         nearest = difflib.get_close_matches(name, names, 1, 0.4)
         hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known: {', '.join(names)}"
-        raise UserError(f"{where}: unknown key {prefix}{name}; {hint}")
+        raise UserError(f"{where}: unknown key {prefix}{name[:80]}; {hint}")
 
 
 def _checked(value: Any, hint: Any, spec: types.MappingProxyType, where: str) -> Any:
@@ -258,7 +262,7 @@ def _checked(value: Any, hint: Any, spec: types.MappingProxyType, where: str) ->
     if typing.get_origin(hint) is tuple:
         entries = typing.get_args(hint)
         if not isinstance(value, list | tuple) or len(value) != len(entries):
-            raise UserError(f"{where} = {_show(value)}: must be {allowed}")
+            raise UserError(f"{where} = {brief(value)}: must be {allowed}")
         pairs = enumerate(zip(value, entries, strict=True))
         return tuple(_checked(entry, hint, spec, f"{where}[{number}]") for number, (entry, hint) in pairs)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -266,9 +270,17 @@ def _checked(value: Any, hint: Any, spec: types.MappingProxyType, where: str) ->
     if fits and is_number:
         low, high = spec["low"], spec["high"]  # written so that NaN fails
         fits = (low is None or value >= low) and (high is None or value <= high) and abs(value) <= sys.float_info.max
-    if not fits or (spec["choices"] and value not in spec["choices"]):
-        raise UserError(f"{where} = {_show(value)}: must be {allowed}")
+    if not fits or (spec["choices"] and value not in spec["choices"]) or (hint is str and not _is_path(value)):
+        raise UserError(f"{where} = {brief(value)}: must be {allowed}")
     return float(value) if hint is float else value
+
+
+def _is_path(value: str) -> bool:
+    """Whether a text can be a file's name: the system takes no NUL, and no halves of letters."""
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _describe(hint: Any, spec: types.MappingProxyType) -> str:
@@ -315,10 +327,6 @@ def _divides(where: str, model: ModelConfig, name: str, unit: int = 1) -> None:
             f"{where}: model.{name} = {count} must divide model.hidden_dim = {dim}"
             + (f" into multiples of {unit}" if unit > 1 else "")
         )
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value, default=str)
 
 
 #################################################################################

@@ -19,12 +19,12 @@ from isonext.config import Config, InferenceConfig
 from isonext.data.autoencoder import Autoencoder, DctCodec, load_autoencoder, tiled
 from isonext.data.images import pad_to_multiple
 from isonext.data.store import LatentSpec
-from isonext.errors import UserError, first_line
+from isonext.errors import UserError, first_line, is_out_of_memory
 from isonext.flow import transfer
 from isonext.flow.base import Base
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import Inverted, State, Transfer, TransferSettings
-from isonext.utils.device import allow_tf32, autocast, has_bf16, is_out_of_memory
+from isonext.utils.device import allow_tf32, autocast, has_bf16
 from model import VelocityNetwork
 
 GRAPHS = 64  # shapes that one network may be compiled for; torch would stop at 8, guided and not guided counting twice

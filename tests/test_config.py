@@ -29,7 +29,7 @@ WRONG = {
     int: ["7", 1.5, 4.0, True, [1], {}, math.nan],
     float: ["0.5", True, [0.5], {}, math.nan, math.inf, -math.inf],
     bool: [0, 1, "true", [], 1.0],
-    str: [3, True, ["dct"], 1.5],
+    str: [3, True, ["dct"], 1.5, "a\0b", "\ud800"],
 }
 
 
@@ -83,13 +83,13 @@ def test_a_value_out_of_range_is_an_error_with_key_value_and_what_is_allowed(nam
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("training.batch_size", 0, "a whole number, 1 or more"),
+        ("training.batch_size", 0, "a whole number from 1 to 1000000"),
         ("training.label_drop_prob", 1.01, "a number from 0 to 1"),
         ("training.micro_batch_size", 0, "a whole number, 1 or more, or auto, or null"),
         ("training.micro_batch_size", "Auto", "a whole number, 1 or more, or auto, or null"),
         ("training.gradient_checkpointing", "on", "true or false, or auto"),
         ("training.gradient_checkpointing", None, "true or false, or auto"),
-        ("data.num_classes", 0, "a whole number, 1 or more, or null"),
+        ("data.num_classes", 0, "a whole number from 1 to 1000000, or null"),
         ("inference.cfg_interval", [0.9], "a list of 2, each a number from 0 to 1"),
         ("training.use_amp", 1, "true or false"),
         ("autoencoder.name", 4, "a text"),
@@ -342,7 +342,7 @@ def values_of(name: str) -> st.SearchStrategy:
     low, high = spec["low"], spec["high"]
     by_type = {
         bool: st.booleans(),
-        str: st.text(),
+        str: st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
         int: st.integers(low, high),
         float: st.floats(low, high, allow_nan=False, allow_infinity=False),
     }

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from isonext.config import Config
 from isonext.data.dataset import open_store
@@ -24,6 +23,7 @@ from isonext.data.store import LatentSpec, StoreMeta, channel_statistics, shown
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.io import load_data
+from isonext.utils.schema import Mismatch, dense, record
 
 STATISTICS = "latents_stats.pt"
 ENOUGH = 2**16  # latents for statistics: at the worst, means are then off by 1/256 of a deviation
@@ -68,10 +68,12 @@ def _styles(root: Path, labels: np.ndarray, first: int) -> list[str]:
     """A name for each label; a label that no latent has is an error, since nothing could be learnt of it."""
     if not len(labels):
         raise UserError(f"{root}: its files hold no latents")
-    absent = np.flatnonzero(np.bincount(labels) == 0)
-    if len(absent):
+    present = np.unique(labels)  # not np.bincount: labels may be any numbers, and memory is had for none of them
+    count = int(labels.max()) + 1 - len(present)
+    if count:
+        absent = next((number for number, label in enumerate(present.tolist()) if label != number), len(present))
         raise UserError(
-            f"{root}: {len(absent)} labels have no latent, the first is {absent[0] + first}, though there are labels "
+            f"{root}: {count} labels have no latent, the first is {absent + first}, though there are labels "
             f"up to {labels.max() + first}; number them from {first} without gaps"
         )
     return [f"user{number + 1}" if first else str(number) for number in range(labels.max() + 1)]
@@ -117,12 +119,16 @@ def _spec(root: Path, shape: tuple[int, ...], styles: list[str], config: Config)
 
 def _read_statistics(path: Path, channels: int) -> tuple[list[float], list[float]]:
     """Mean and deviation per channel, as LightningDiT writes them."""
-    found = load_data(path, "file of latent statistics")
-    values = [found.get(name) if isinstance(found, dict) else None for name in ("mean", "std")]
-    if not all(isinstance(value, Tensor) and value.numel() == channels for value in values):
+    values = load_data(path, "file of latent statistics")
+    try:
+        found = record(mean=dense(), std=dense())(values, "file")
+    except Mismatch as error:
+        reason = f"must be a dict of `mean` and `std` of shape (1, {channels}, 1, 1) of finite numbers"
+        raise UserError(f"{path}: {reason} ({error}); delete it to have them computed") from None
+    mean, std = (found[name].double().flatten() for name in ("mean", "std"))
+    if len(mean) != channels or len(std) != channels:
         raise UserError(f"{path}: must be a dict of `mean` and `std` of shape (1, {channels}, 1, 1)")
-    mean, std = (torch.as_tensor(value).double().flatten() for value in values)
-    if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+    if not (std > 0).all():
         raise UserError(f"{path}: mean and std must be finite, and std above 0; delete it to have them computed")
     return mean.tolist(), std.tolist()
 

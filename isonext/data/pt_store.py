@@ -5,6 +5,7 @@ data_root/packed-train-0123abcd.npy     a split that memory does not hold, packe
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from isonext.data.store import Row, StoreMeta, WritePlan, fingerprint, is_unchan
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.io import folder_lock, load_data, remove_unfinished, written_whole
+from isonext.utils.schema import Mismatch, dense, record
 
 PACKING_S = 3600.0  # what a run waits for another one that packs the same split
+LATENT = dense(ndim=3)
 
 
 def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: list[int]) -> None:
@@ -33,9 +36,20 @@ def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: lis
 def read_latent(path: Path) -> dict:
     """A store entry, checked for its form."""
     entry = load_data(path, "latent of the store")
-    if not isinstance(entry, dict) or not isinstance(entry.get("latent"), Tensor) or entry["latent"].ndim != 3:
-        raise UserError(f"{path}: not a latent of the store (a dict with 'latent' of shape (C, h, w))")
+    try:
+        entry = record(latent=LATENT)(entry, "file")
+        if "flipped" in entry:
+            entry["flipped"] = LATENT(entry["flipped"], "flipped")
+    except Mismatch as error:
+        raise UserError(f"{path}: not a latent of the store ({error}); run preprocess_latents.py again") from None
     return entry
+
+
+def _reserve(path: Path) -> None:
+    """Have the disk's room for all of the file, where the system can: a full disk would end the process later on."""
+    with open(path, "rb+") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 
 @dataclass
@@ -118,6 +132,8 @@ class PtStore:
         for name in names:
             entry = read_latent(self.root / name)
             for part in ("latent", "flipped") if self.meta.flip else ("latent",):
+                if part not in entry:
+                    raise UserError(f"{self.root / name}: lacks {part}; run preprocess_latents.py again")
                 yield entry[part][None]
 
     def load(self, split: str, memory_limit: int) -> np.ndarray:
@@ -125,6 +141,8 @@ class PtStore:
         one packed file, which is written once. Of several processes all must call this."""
         names, spec = self.meta.split[split], self.meta.latents
         shape = (self.meta.copies, len(names), spec.channels, *spec.space)
+        for name in names[:1]:  # before memory is had for all of them
+            self._copies(name, shape)
         if len(names) * self.meta.picture_bytes > memory_limit:
             return self._packed(split, names, shape)
         latents = np.empty(shape, np.float32)
@@ -150,15 +168,20 @@ class PtStore:
         remove_unfinished(self.root)
         with written_whole(path) as beside:
             latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
+            _reserve(beside)
             self._fill(latents, names)
             latents.flush()
 
     def _fill(self, latents: np.ndarray, names: list[str]) -> None:
         """Read the named entries into `latents` (copies, n, C, h, w)."""
         for number, name in enumerate(names):
-            entry = read_latent(self.root / name)
-            copies = [entry[part] for part in ("latent", "flipped")[: len(latents)] if part in entry]
-            if len(copies) < len(latents) or any(copy.shape != latents.shape[2:] for copy in copies):
-                raise UserError(f"{self.root / name}: does not match meta.json; run preprocess_latents.py again")
-            for copy, tensor in enumerate(copies):
-                latents[copy, number] = tensor.numpy()
+            for copy, tensor in enumerate(self._copies(name, latents.shape)):
+                latents[copy, number] = tensor.float().numpy()
+
+    def _copies(self, name: str, shape: tuple[int, ...]) -> list[Tensor]:
+        """The latent of an entry and its mirrored one, as a split (copies, n, C, h, w) of `shape` has them."""
+        entry = read_latent(self.root / name)
+        copies = [entry[part] for part in ("latent", "flipped")[: shape[0]] if part in entry]
+        if len(copies) < shape[0] or any(copy.shape != shape[2:] for copy in copies):
+            raise UserError(f"{self.root / name}: does not match meta.json; run preprocess_latents.py again")
+        return copies

@@ -13,18 +13,21 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from isonext.data.store import Row
 from isonext.errors import UserError, first_line
 from isonext.utils.io import natural_order, written_whole
+from isonext.utils.schema import is_inside
 
 OURS = "latents-[0-9]*.safetensors"  # the shards of a store of ours; others beside them are left alone
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # of labels
 LABELS = {"labels": 0, "user_ids": 1}  # the tensor's name, and where its counting starts
 
 
@@ -70,7 +73,9 @@ def read_shard(path: Path) -> Shard:
             names = set(file.keys())
             tensors = {name: file.get_tensor(name) for name in ("latents", "latents_flip", *LABELS) if name in names}
             pictures = json.loads((file.metadata() or {}).get("pictures", "{}"))
-    except (SafetensorError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # safetensors and json stumble over many things in a damaged file
         reason = first_line(error)
         raise UserError(
             f"{path}: damaged, or no safetensors file ({reason}); copy it anew, or run preprocess_latents.py again"
@@ -81,9 +86,14 @@ def read_shard(path: Path) -> Shard:
         raise UserError(f"{path}: holds {shown}; a shard has `latents`, and `labels` or `user_ids`")
     copies, labels = [tensors[name] for name in ("latents", "latents_flip") if name in tensors], tensors[kind]
     _check_form(path, copies, labels, kind)
-    if pictures and (not isinstance(pictures, dict) or len(pictures) != len(labels)):
+    fits = isinstance(pictures, dict) and all(map(is_inside, pictures)) and len(pictures) in (0, len(labels))
+    if not fits or not all(map(_is_fingerprint, pictures.values())):
         raise UserError(f"{path}: damaged: it names other pictures than it has rows; run preprocess_latents.py again")
     return Shard(path, copies, labels.long() - LABELS[kind], LABELS[kind], pictures)
+
+
+def _is_fingerprint(source: Any) -> bool:
+    return isinstance(source, list) and len(source) == 2 and all(type(number) is int for number in source)
 
 
 def _check_form(path: Path, copies: list[Tensor], labels: Tensor, kind: str) -> None:
@@ -94,7 +104,9 @@ def _check_form(path: Path, copies: list[Tensor], labels: Tensor, kind: str) -> 
         raise UserError(f"{path}: latents of shape {shape}; it must be (n, C, h, w) or (n, C, length)")
     if len(copies) == 2 and copies[1].shape != copies[0].shape:
         raise UserError(f"{path}: latents_flip of shape {tuple(copies[1].shape)}, but latents of {shape}")
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
+    if 0 in shape[1:]:
+        raise UserError(f"{path}: latents of shape {shape}, which hold nothing")
+    if labels.dtype not in INTEGERS or labels.ndim != 1:
         raise UserError(f"{path}: {kind} of {labels.dtype}, shape {tuple(labels.shape)}; they must be integers (n,)")
     if len(labels) != shape[0]:
         raise UserError(f"{path}: {len(labels)} {kind}, but {shape[0]} latents")

@@ -12,17 +12,43 @@ the checkpoint as part of its `LatentSpec`. dataset.py opens a store of either l
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from isonext.errors import UserError
+from isonext.errors import UserError, brief, first_line
 from isonext.utils.io import written_whole
+from isonext.utils.schema import (
+    Mismatch,
+    flag,
+    is_inside,
+    listed,
+    made_of,
+    mapped,
+    number,
+    record,
+    style_name,
+    text,
+    whole,
+)
 
 FORMAT = 1
+LARGEST_SIDE = 8192  # pixels, of data.image_size
+SPEC = {  # the entries of a LatentSpec in a file
+    "autoencoder": text(),
+    "channels": whole(1, 2**16),
+    "factor": whole(1, LARGEST_SIDE),
+    "image_size": whole(1, LARGEST_SIDE),
+    "styles": listed(style_name, 1),
+    "mean": listed(number()),
+    "std": listed(number(1e-12)),
+    "autoencoder_digest": text(longest=64),
+}
 
 
 @dataclass
@@ -79,10 +105,24 @@ class LatentSpec:
         """The id of a style given by name, or by id as text."""
         if style in self.styles:
             return self.styles.index(style)
-        if style.isdecimal() and int(style) < len(self.styles):
+        if style.isdecimal() and len(style) < 20 and int(style) < len(self.styles):
             return int(style)
         known = ", ".join(f"{number} = {name}" for number, name in enumerate(self.styles))
-        raise UserError(f"style {style!r} does not exist; there are: {known}")
+        raise UserError(f"style {style[:80]!r} does not exist; there are: {known}")
+
+
+def spec_of(tree: Any, where: str = "latents", finished: bool = True) -> LatentSpec:
+    """The LatentSpec of a file's tree; Mismatch where it cannot be one. One that is not finished lacks statistics."""
+    spec = made_of(LatentSpec, SPEC, tree, where)
+    if len(set(spec.styles)) < len(spec.styles):
+        raise Mismatch(f"{where}.styles", spec.styles, "names of which no two are equal")
+    if spec.factor > spec.image_size:
+        raise Mismatch(f"{where}.factor", spec.factor, f"at most image_size, which is {spec.image_size}")
+    for name in ("mean", "std"):
+        counts = (spec.channels,) if finished else (0, spec.channels)
+        if len(getattr(spec, name)) not in counts:
+            raise Mismatch(f"{where}.{name}", getattr(spec, name), f"a list of {spec.channels}, one a channel")
+    return spec
 
 
 @dataclass
@@ -121,6 +161,29 @@ class StoreMeta:
             beside.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
 
 
+def _entry(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not is_inside(value):
+        raise Mismatch(where, value, "a picture of the store, <style>/<name>.pt")
+    return value
+
+
+def _own_file(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not is_inside(f"store/{value}"):  # what stands here may be deleted
+        raise Mismatch(where, value, "a file of the store")
+    return value
+
+
+PARTS = ("train", "val")
+META = {
+    "flip": flag,
+    "split": record(**dict.fromkeys(PARTS, listed(_entry))),
+    "counts": mapped(mapped(whole())),
+    "complete": flag,
+    "layout": text("pt", "safetensors"),
+    "written": listed(_own_file),
+}
+
+
 def read_meta(root: Path) -> StoreMeta | None:
     """meta.json, or None where there is none; a damaged or foreign one is an error."""
     path = root / "meta.json"
@@ -129,13 +192,33 @@ def read_meta(root: Path) -> StoreMeta | None:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
-            raise UserError(f"{path}: store format {tree['format']}, this program reads {FORMAT}; preprocess anew")
-        return StoreMeta(LatentSpec(**tree.pop("latents")), **tree)
-    except (ValueError, KeyError, TypeError) as error:
+            shown = brief(tree["format"])
+            raise UserError(f"{path}: store format {shown}, this program reads {FORMAT}; preprocess anew")
+        return _meta_of(tree)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = first_line(error)
         raise UserError(
-            f"{path}: damaged ({error}); use another data.data_root, or delete the folder and run "
+            f"{path}: damaged ({reason}); use another data.data_root, or delete the folder and run "
             "preprocess_latents.py again"
         ) from None
+
+
+def _meta_of(tree: dict) -> StoreMeta:
+    """The contents of meta.json; Mismatch where they cannot be that of a store."""
+    meta = made_of(StoreMeta, META, tree, "meta")
+    meta.latents = spec_of(tree["latents"], finished=meta.complete)
+    styles, entries = set(meta.latents.styles), [entry for names in meta.split.values() for entry in names]
+    for entry in entries:
+        if entry.partition("/")[0] not in styles:
+            raise Mismatch("split", entry, "pictures of the styles")
+    if len(set(entries)) < len(entries):
+        raise Mismatch("split", entries, "pictures of which no two are the same")
+    if meta.complete:
+        tally = {name: Counter(entry.partition("/")[0] for entry in meta.split[name]) for name in PARTS}
+        for style in meta.latents.styles:
+            if meta.counts.get(style) != {name: tally[name][style] for name in PARTS}:
+                raise Mismatch(f"counts[{style}]", meta.counts.get(style), "what the split has of the style")
+    return meta
 
 
 #################################################################################

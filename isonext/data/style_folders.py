@@ -6,6 +6,7 @@ from pathlib import Path
 from isonext.data import images
 from isonext.errors import UserError
 from isonext.utils.io import natural_order
+from isonext.utils.schema import Mismatch, style_name
 
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation", "holdout")
 Styles = dict[str, list[Path]]  # name -> its pictures, relative to its folder
@@ -28,6 +29,10 @@ def find_styles(raw_root: Path, expected: int | None, left_out: Counter[str] | N
         raise UserError(f"{raw_root}: holds no folders; make one folder of pictures a style there")
     hint = held_out_hint(raw_root, styles)
     for name, pictures in styles.items():
+        try:
+            style_name(name, "folder")
+        except Mismatch as error:
+            raise UserError(f"{raw_root}: {error}; rename it") from None
         if not pictures:
             raise UserError(f"{raw_root / name}: holds no pictures ({' '.join(images.READABLE)}); fill or remove it")
         if _repeats_styles(name, styles) and all(len(path.parts) > 1 for path in pictures):

@@ -31,7 +31,14 @@ from isonext.inference.inputs import (
 )
 from isonext.inference.options import RestoreOptions, RestyleOptions, TransferOptions
 from isonext.inference.plan import Plan, Target, open_pipeline, plan_restyle, plan_transfer
-from isonext.inference.structure_file import Structure, fixed_bits, load_structure, refuse_other_bits, save_structure
+from isonext.inference.structure_file import (
+    Structure,
+    fixed_bits,
+    load_structure,
+    refuse_other_bits,
+    refuse_other_shape,
+    save_structure,
+)
 from isonext.utils import distributed
 from isonext.utils.device import deterministic
 from isonext.utils.io import in_background
@@ -124,6 +131,7 @@ def restyle_structure(options: RestyleOptions) -> int:
     images.refuse_unwritable(job.output, structure.size[::-1])
     plan = plan_restyle(options, structure)
     refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint", "autoencoder"))
+    refuse_other_shape(structure, plan.pipeline, options.structure)
     pipeline, source, settings = plan.pipeline, plan.source, plan.settings
     state = move(structure.state, pipeline.device)
     started = time.perf_counter()
@@ -152,6 +160,7 @@ def restore_picture(options: RestoreOptions) -> int:
     images.refuse_unwritable(output, structure.size[::-1])
     pipeline, _ = open_pipeline(options.network, structure)
     refuse_other_bits(structure, pipeline, options.structure)
+    refuse_other_shape(structure, pipeline, options.structure)
     source = pipeline.spec.style_id(structure.source)
     with deterministic(pipeline.device):
         picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings)

@@ -10,6 +10,8 @@ from typing import Any
 
 from isonext.errors import UserError
 
+LARGEST_SIDE = 16384  # pixels: a picture of it has 800 MB before the network sees it
+
 
 def check_range(flag: str, value: float | None, low: float, high: float | None = None) -> None:
     """UserError unless `value` lies in the range, both ends included; None is a flag that was not given."""
@@ -35,7 +37,7 @@ class NetworkOptions:
     autoencoder: str | None = None  # where it lies now, if not where it lay in training
 
     def __post_init__(self) -> None:
-        check_range("batch_size", self.batch_size, 1)
+        check_range("batch_size", self.batch_size, 1, 65536)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class TransferOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_range("size", self.size, 1)
+        check_range("size", self.size, 1, LARGEST_SIDE)
         check_range("min_structure", self.min_structure, -1, 1)
         if self.compare and self.targets.several:
             raise UserError("--compare is for one target; the sheet of several shows the picture already")

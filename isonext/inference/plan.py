@@ -24,6 +24,7 @@ from isonext.models.cost import forward_flops
 from isonext.pipeline import Pipeline, load_pipeline, transfer_settings
 from isonext.utils import distributed
 from isonext.utils.device import allow_tf32, pick_device
+from isonext.utils.schema import placed
 
 # What compiling costs and saves at worst, so that `auto` is not slower: an empty cache, the device's best rate without
 # it, a small gain. Fixed numbers and no clock, so that a second run takes the same kernels.
@@ -44,7 +45,7 @@ class Target:
     def path(self, output: Path) -> Path:
         """Where it goes, beside the sheet `output`."""
         folder = output.with_name(f"{output.stem}_frames") if self.is_frame else output.parent
-        return folder / f"{output.stem}_{self.label}{output.suffix}"
+        return placed(folder, f"{output.stem}_{self.label}{output.suffix}")
 
 
 @dataclass

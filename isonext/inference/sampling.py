@@ -28,10 +28,12 @@ from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
 from isonext.utils.io import folder_lock, in_background, remove_unfinished, written_whole
+from isonext.utils.schema import placed
 from isonext.utils.seeding import seeded
 
 COLUMNS = 10  # of the sheet, at most
 SHEET, PACKED, RECORD = "grid.png", "samples.npz", "samples.json"
+MOST_SAMPLES = 10**6  # of a run: they are planned before the first is made
 
 
 @dataclass
@@ -112,6 +114,9 @@ def plan_samples(options: SampleOptions, spec: LatentSpec) -> list[Sample]:
     styles = [spec.style_id(style) for style in options.styles] if options.styles else list(range(len(spec.styles)))
     if len(set(styles)) < len(styles):
         raise UserError(f"--styles {' '.join(options.styles)}: names a style twice")
+    count = options.num_samples or options.num_samples_per_style * len(styles)
+    if count > MOST_SAMPLES:
+        raise UserError(f"{count} samples: at most {MOST_SAMPLES} in one run; give --num_samples, or several --seed")
     if options.num_samples:
         digits = max(5, len(str(options.num_samples)))
         return [
@@ -121,7 +126,9 @@ def plan_samples(options: SampleOptions, spec: LatentSpec) -> list[Sample]:
     digits = max(3, len(str(options.num_samples_per_style)))
     return [
         Sample(
-            place * len(spec.styles) + style, style, options.output / f"{spec.styles[style]}_{place + 1:0{digits}}.png"
+            place * len(spec.styles) + style,
+            style,
+            placed(options.output, f"{spec.styles[style]}_{place + 1:0{digits}}.png"),
         )
         for style in styles
         for place in range(options.num_samples_per_style)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from isonext.config import TrainingConfig
 from isonext.data.dataset import LatentSplit
-from isonext.errors import first_line
+from isonext.errors import first_line, is_out_of_memory
 from isonext.flow.base import Base
 from isonext.flow.loss import flow_loss
 from isonext.training.batches import Batch, draw_batch
 from isonext.training.memory_plan import MicroBatch
-from isonext.utils.device import autocast, fitting, is_out_of_memory
+from isonext.utils.device import autocast, fitting
 from model import VelocityNetwork
 
 BLOCKS_KEEP = {"selective": "products", "full": "input"}  # for their backward pass, where they recompute the rest

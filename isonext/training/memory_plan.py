@@ -16,14 +16,15 @@ from isonext.data.external import survey
 from isonext.data.preprocess import BATCH
 from isonext.data.store import LatentSpec, StoreMeta, read_meta, shown
 from isonext.errors import UserError
-from isonext.models.cost import Footprint, call_bytes, footprint, step_flops
+from isonext.models.cost import COPIES, Footprint, call_bytes, footprint, step_flops
 from isonext.pipeline import load_codec
 from isonext.training.validation import MAX_PREVIEWED, MAX_TRANSFERRED
 from isonext.utils.device import has_bf16
-from model import Recompute, VelocityNetwork
+from model import Recompute, VelocityNetwork, count_parameters
 
 GIB = 2**30
 USABLE = 0.8  # of the free memory: the estimate knows no kernel's workspace, no allocator's gap, and not the compiler
+LARGEST_CARD = 100_000  # GiB
 CONTEXT = GIB // 2  # of a card, taken by CUDA before the first tensor
 INFERRED = 8  # pictures that inference.py takes at once
 MIN_AT_ONCE = 8  # pictures that keep a device busy
@@ -77,6 +78,19 @@ def choose_micro_batch(
     return MicroBatch(size, recompute)
 
 
+def refuse_too_large(network: Callable[..., VelocityNetwork], free: float) -> None:
+    """UserError where the parameters, and what training keeps of each, are more than `free` bytes: a system that hands
+    out memory it has not would end the process without a word."""
+    with torch.device("meta"):
+        parameters = count_parameters(network())
+    held = 4 * COPIES * parameters
+    if held > free:
+        raise UserError(
+            f"the network's {parameters / 1e6:.0f} M parameters take {held / GIB:.1f} GiB in training, "
+            f"and {free / GIB:.1f} GiB are free; lower model.hidden_dim or model.num_layers (see train.py --plan)"
+        )
+
+
 def equal_pieces(share: int, most: int) -> int:
     """The size of the fewest pieces of at most `most` (or 1); of equal ones, where that is not twice as many."""
     fewest = math.ceil(share / max(1, most))
@@ -107,8 +121,8 @@ def describe_reduction(training: TrainingConfig, chosen: MicroBatch, share: int)
 
 def print_plan(config: Config, vram: float | None) -> None:
     """What training by this config costs, and the flags that make it fit `vram` GiB; runs and writes nothing."""
-    if vram is not None and not 0 < vram < math.inf:  # written so that NaN fails
-        raise UserError(f"--vram {vram:g}: the memory of a card in GiB, a number above 0")
+    if vram is not None and not 0 < vram <= LARGEST_CARD:  # written so that NaN fails
+        raise UserError(f"--vram {vram:g}: the memory of a card in GiB, a number above 0 and at most {LARGEST_CARD}")
     card = torch.cuda.is_available()
     if vram is None:
         vram = torch.cuda.mem_get_info()[1] / GIB if card else 8.0

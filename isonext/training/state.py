@@ -12,7 +12,10 @@ from torch import nn
 
 from isonext.checkpoint import load_weights
 from isonext.config import TrainingConfig
+from isonext.errors import UserError, first_line
 from isonext.training.optim import Guard, learning_rate, make_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 class EMA:
@@ -88,8 +91,26 @@ class TrainState:
         load_weights(self.model, tree["model"], path)
         load_weights(self.ema.model, tree["ema"], path)
         self.ema.head_start = tree.get("ema_head_start", 0)  # which came later than the rest
-        options = [{key: group[key] for key in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(tree["optimizer"])
+        self._load_optimizer(tree["optimizer"], path)
+        self.step, self.guard = tree["step"], Guard(tree["guard"])
+
+    def _load_optimizer(self, tree: dict[str, Any], path: Path) -> None:
+        """Its moments and rate; the other options are those of this run. UserError where they do not fit."""
+        kept = ("params", "lr")
+        options = [{key: group[key] for key in group if key not in kept} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(tree)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: the optimizer's state does not fit ({first_line(error)})") from None
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
-        self.step, self.guard = tree["step"], Guard(tree["guard"])
+            for parameter in group["params"]:
+                _refuse_other_moments(self.optimizer.state.get(parameter, {}), parameter, path)
+
+
+def _refuse_other_moments(moments: dict[str, torch.Tensor], parameter: torch.Tensor, path: Path) -> None:
+    """UserError unless they are AdamW's of this parameter; before its first step there are none."""
+    shapes = {name: tuple(moment.shape) for name, moment in moments.items() if name != "step"}
+    counted = "step" in moments and moments["step"].numel() == 1
+    if moments and not (counted and shapes == dict.fromkeys(MOMENTS, tuple(parameter.shape))):
+        raise UserError(f"{path}: the optimizer's state does not fit (it has moments of {shapes})")

@@ -22,7 +22,14 @@ from isonext.pipeline import Pipeline, load_codec
 from isonext.training.batches import Batch, base_of
 from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import Logbook
-from isonext.training.memory_plan import USABLE, MicroBatch, choose_micro_batch, count_needs, describe_reduction
+from isonext.training.memory_plan import (
+    USABLE,
+    MicroBatch,
+    choose_micro_batch,
+    count_needs,
+    describe_reduction,
+    refuse_too_large,
+)
 from isonext.training.resume import check_resume, find_start, in_units_of, take_over
 from isonext.training.state import StepResult, TrainState
 from isonext.training.validation import Validation
@@ -105,7 +112,9 @@ class Trainer:
         training = self.config.training
         needs = count_needs(network, self.spec, self.bf16, training.channels_last)
         sharing = 1 if self.device.type == "cuda" else self.accelerator.num_processes
-        return choose_micro_batch(training, self.share, USABLE * free_bytes(self.device) / sharing, needs)
+        free = free_bytes(self.device) / sharing
+        refuse_too_large(network, free)
+        return choose_micro_batch(training, self.share, USABLE * free, needs)
 
     def _resume(self, resume: str | None) -> None:
         """Go on where a checkpoint of this run stands, if there is one."""

@@ -13,13 +13,12 @@ from torch import Tensor
 from isonext.config import InferenceConfig
 from isonext.data import images
 from isonext.data.dataset import LatentSplit
-from isonext.errors import UserError, first_line
+from isonext.errors import UserError, first_line, is_out_of_memory
 from isonext.evaluation.evaluator import Evaluator, point
 from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline, transfer_settings
 from isonext.training.batches import Batch
-from isonext.utils.device import is_out_of_memory
 from isonext.utils.seeding import seeded
 
 MAX_LOSSES = 512  # pictures of the held-out loss

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line, is_out_of_memory
 from isonext.utils.distributed import rank
 
 GRACE_S = 3.0  # the launchers look at their processes every tenth of a second
@@ -39,13 +39,14 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
-    """Parse, call `main`, end the process: 0 done, 1 done in part or a check failed, 2 bad input,
-    3 a certificate that was asked for does not hold, 130 interrupted."""
+    """Parse, call `main`, end the process: 0 done, 1 done in part, a check failed, or an error that nobody foresaw,
+    2 bad input, 3 a certificate that was asked for does not hold, 130 interrupted."""
     args = parser.parse_args()
     if rank():  # of several processes the first one speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file tells as it goes, not at the end
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a name may hold what it cannot show
+        # A style's or a picture's name may have letters that a log in ASCII has not.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     status, message = _outcome(main, args)
     if status and rank():
         # The launcher ends all processes as soon as one has failed. What is wrong everywhere is then said once, by
@@ -69,11 +70,12 @@ def _outcome(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
     except (UserError, OSError, FloatingPointError) as error:
         if args.debug:
             raise
-        return 2, f"error: {error}"
+        return 2, f"error: {' '.join(str(error).splitlines())}"  # a name in it may have a line's end
     except Exception as error:
-        device = sys.modules.get("isonext.utils.device")  # which imports torch, and that a --help does without
-        if args.debug or device is None or not device.is_out_of_memory(error):
+        if args.debug:
             raise
+        if not is_out_of_memory(error):
+            return 1, f"error: {type(error).__name__}: {first_line(error)}; --debug shows more"
         return 2, (
             "error: the device is out of memory; for training try --set training.gradient_checkpointing=true and the "
             "flags that train.py --plan gives, or a smaller model; for pictures a smaller --batch_size or --size"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import getpass
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -11,12 +12,10 @@ from typing import TypeVar
 import psutil
 import torch
 
-from isonext.errors import UserError, first_line
+from isonext.errors import UserError, first_line, is_out_of_memory
 from isonext.utils import distributed
 
 Result = TypeVar("Result")
-
-CPU_FULL = "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"  # Linux, Windows
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,6 +34,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it has no memory, and so no pictures")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
@@ -61,13 +62,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory ran out: the CPU's allocator has no error of its own, only its words."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_FULL)
 
 
 def fitting(work: Callable[[], Result], smaller: Callable[[], Callable[[], None] | None]) -> Result:
@@ -118,8 +112,13 @@ def prepare_process() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block is had from the system singly
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is freed stays with the process
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "isonext", "compiled")
-    with contextlib.suppress(OSError):  # torch's own place for it is a folder that a restart of the machine empties
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a user whom the system has no entry of, as in containers: torch's compiler asks
+        os.environ["LOGNAME"] = f"user{os.getuid()}"
+    with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
+        # torch's own place for it is a folder that a restart of the machine empties.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "isonext", "compiled")
         cache.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 

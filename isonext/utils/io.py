@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from isonext.errors import UserError, first_line
+from isonext.errors import UserError, WriteError, first_line
 
 THREADS = 4  # that read and write pictures
 LOCK = ".isonext.lock"
@@ -28,20 +29,37 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """Yields a path beside the target to write to; only when the block succeeds does it take the target's name.
 
     It is hidden and keeps the suffix (`.name.isonext-tmp-123_0.png`), so that writers which look at the suffix work and
-    no reader of the folder takes an unfinished file for a finished one.
+    no reader of the folder takes an unfinished file for a finished one. A disk that is full, or cannot be
+    written to, is a WriteError.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     writer = f"{os.getpid()}_{next(_COUNT)}"  # names that begin alike may be written at once
     short = os.fsencode(path.stem)[:64].decode(errors="ignore")  # names may be 255 bytes long
     beside = path.with_name(f".{short}{MARK}{writer}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except Exception as error:
+        if isinstance(error, UserError) or (reason := _why_unwritten(error)) is None:
+            raise
+        raise WriteError(path, reason) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder could not be made there is none
+            beside.unlink(missing_ok=True)
+
+
+def _why_unwritten(error: Exception) -> str | None:
+    """The reason where an error comes from the disk and not from what was to be written; libraries wrap it."""
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error)
+    if isinstance(error, SafetensorError):
+        return first_line(error)
+    if "inline_container" in str(error):  # torch's writer, which may know no more than that bytes are missing
+        return getattr(error.__context__, "strerror", None) or "the disk may be full"
+    return None
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -112,6 +130,9 @@ def _check_sums(path: Path, what: str) -> None:
     if not zipfile.is_zipfile(path):  # torch's format; false for a file that was cut off, too
         raise UserError(f"{path}: damaged, or not a {what}")
     with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()  # torch packs nothing: what says it is larger than the file would never end
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise UserError(f"{path}: not a {what}: it is a packed archive, which torch does not write")
         broken = archive.testzip()
     if broken:
         raise UserError(f"{path}: damaged: the checksum of its part {broken} does not match")

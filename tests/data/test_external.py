@@ -216,7 +216,7 @@ def test_sizes_that_do_not_fit_are_named(tmp_path, root, config):
         ({"mean": torch.zeros(1, 2, 1, 1)}, "must be a dict of `mean` and `std`"),
         ([1.0], "must be a dict of `mean` and `std`"),
         ({"mean": torch.zeros(2), "std": torch.tensor([1.0, 0.0])}, "std above 0; delete it"),
-        ({"mean": torch.tensor([0, torch.nan]), "std": torch.ones(2)}, "must be finite"),
+        ({"mean": torch.tensor([0, torch.nan]), "std": torch.ones(2)}, "of finite numbers"),
     ],
 )
 def test_a_bad_file_of_statistics_is_named(root, config, content, message):

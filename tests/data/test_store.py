@@ -141,7 +141,8 @@ def test_what_is_no_entry_of_the_store_is_refused(tmp_path, content):
 
 
 def test_meta_comes_back_as_it_was_written(tmp_path):
-    meta = StoreMeta(make_spec(), True, {"train": ["ink/a.png.pt"], "val": []}, {"ink": {"train": 1, "val": 0}}, True)
+    counts = {style: {"train": int(style == "ink"), "val": 0} for style in ("ink", "oil", "2024")}
+    meta = StoreMeta(make_spec(), True, {"train": ["ink/a.png.pt"], "val": []}, counts, True)
     meta.write(tmp_path)
     assert read_meta(tmp_path) == meta
 
@@ -169,7 +170,14 @@ def edit_meta(root, **changes):
         ({"format": 99}, "store format 99, this program reads 1"),
         ({"latents": {"nonsense": 1}}, r"meta\.json: damaged"),
         ({"more": 1}, r"meta\.json: damaged"),
-        ({"counts": {"ink": {"train": 0, "val": 1}, "oil": {"train": 3, "val": 1}}}, "ink: .*no training picture"),
+        (
+            {
+                "counts": {"ink": {"train": 0, "val": 0}, "oil": {"train": 1, "val": 0}},
+                "split": {"train": ["oil/1.png.pt"], "val": []},
+            },
+            "ink: .*no training picture",
+        ),
+        ({"counts": {"ink": {"train": 7, "val": 0}}}, r"meta\.json: damaged .*counts\[ink\]"),
     ],
 )
 def test_a_store_that_cannot_be_used_says_why(store, changes, message):

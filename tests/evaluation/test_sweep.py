@@ -235,7 +235,7 @@ def test_null_is_a_value_like_any_other(report):
         (["--sweep", "cfg_interval=[0,1],[0.5,0.2]"], ["cfg_interval", "behind"]),
         (["--sweep", "cfg_interval=[0,1,2]"], ["cfg_interval", "list of 2"]),
         (["--sweep", "cfg_interval=[0,1"], ["cfg_interval"]),
-        (["--sweep", "num_steps=2,0"], ["num_steps", "1 or more"]),
+        (["--sweep", "num_steps=2,0"], ["num_steps", "from 1 to 10000"]),
         (["--sweep", "method=alf,rk5"], ["rk5", "heun"]),
         (["--sweep", "strength=0.5,2"], ["strength", "0 to 1"]),
         (["--sweep", "strength=all"], ["strength", "0 to 1"]),

@@ -35,13 +35,13 @@ def sampling(**changes) -> SampleOptions:
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: NetworkOptions("net.pt", batch_size=0), "--batch_size 0: must be 1 or more"),
+        (lambda: NetworkOptions("net.pt", batch_size=0), "--batch_size 0: must be from 1 to 65536"),
         (lambda: SettingsOptions(strength=1.5), "--strength 1.5: must be from 0 to 1"),
         (lambda: SettingsOptions(strength=float("nan")), "--strength nan: must be from 0 to 1"),
         (lambda: SettingsOptions(seed=2**63), f"--seed {2**63}: must be from 0 to {2**63 - 1}"),
         (lambda: TargetOptions(frames=1), "--frames 1: must be from 2 to 10000"),
         (lambda: TargetOptions(frames=10_001), "--frames 10001: must be from 2 to 10000"),
-        (lambda: transfer(size=0), "--size 0: must be 1 or more"),
+        (lambda: transfer(size=0), "--size 0: must be from 1 to 16384"),
         (lambda: transfer(min_structure=-1.1), "--min_structure -1.1: must be from -1 to 1"),
         (
             lambda: transfer(TargetOptions("all"), compare=True),

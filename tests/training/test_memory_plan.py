@@ -10,6 +10,8 @@ import torch
 from helpers import call, refused
 from isonext.checkpoint import build_model, network_of
 from isonext.config import TrainingConfig
+from isonext.data.store import LatentSpec
+from isonext.errors import UserError
 from isonext.models.cost import Footprint, call_bytes, step_flops
 from isonext.training import memory_plan
 from isonext.training.memory_plan import (
@@ -19,6 +21,7 @@ from isonext.training.memory_plan import (
     describe_reduction,
     equal_pieces,
     print_plan,
+    refuse_too_large,
 )
 from model import count_parameters
 
@@ -238,3 +241,12 @@ def test_memory_that_no_card_has_is_refused_in_one_line(within, vram):
 def test_vram_without_plan_and_a_config_that_contradicts_the_store_are_refused(within):
     refused(within("train", "--vram", "8"), "--vram", "--plan")
     refused(within("train", "--plan", "--set", "model.latent_channels=4"), "latent_channels = 4", "12")
+
+
+def test_a_network_that_the_memory_does_not_hold_is_refused_before_it_is_made(make_config, tmp_path):
+    spec = LatentSpec("dct:f4c12", 12, 4, 16, ["ink", "oil"])
+    network = network_of(make_config(tmp_path), spec)
+    held = 4 * 5 * sum(parameter.numel() for parameter in network().parameters())  # gradients, moments, average
+    refuse_too_large(network, held)
+    with pytest.raises(UserError, match=r"GiB are free; lower model\.hidden_dim"):
+        refuse_too_large(network, held - 1)

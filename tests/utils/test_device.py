@@ -1,11 +1,13 @@
 """What is set up once a process, where a machine allows it and where it does not."""
 
 import ctypes
+import getpass
 import os
 
 import pytest
 import torch
 
+from isonext.errors import is_out_of_memory
 from isonext.utils import device
 
 
@@ -37,6 +39,17 @@ def test_where_no_cache_folder_can_be_made_torch_chooses(no_cache_yet, monkeypat
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="user ids are POSIX's")
+def test_a_user_without_entry_name_and_home_has_a_name_and_torch_chooses(no_cache_yet, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOGNAME", "")  # so that it is taken away again
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # of whom pwd knows nothing
+    device.prepare_process()
+    assert getpass.getuser() == "user54321"
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 def test_the_c_library_is_told_to_keep_memory(monkeypatch):
     told = {}
 
@@ -57,13 +70,9 @@ def test_without_mallopt_nothing_happens(monkeypatch):
 def test_memory_that_ran_out_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58, dtype=torch.uint8)  # more than an address can say
-    assert device.is_out_of_memory(caught.value)
-    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and device.is_out_of_memory(
-        MemoryError()
-    )
-    assert not device.is_out_of_memory(RuntimeError("shape '[7]' is invalid")) and not device.is_out_of_memory(
-        OSError()
-    )
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shape '[7]' is invalid")) and not is_out_of_memory(OSError())
 
 
 @pytest.mark.parametrize(("room", "tried"), [(9, [8]), (4, [8, 4]), (1, [8, 4, 2, 1])])

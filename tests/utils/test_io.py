@@ -1,13 +1,16 @@
+import io
 import os
 import pickle
 import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from helpers import ROOT, call
 from isonext.errors import UserError
@@ -29,6 +32,40 @@ def test_an_exception_leaves_nothing_behind_and_keeps_the_old_content(tmp_path, 
         fail()
     assert [p.name for p in tmp_path.iterdir()] == (["entry.png"] if old else [])
     assert not old or path.read_bytes() == old
+
+
+def full_disk(path):
+    raise OSError(28, "No space left on device")
+
+
+def full_disk_within_torch(path):
+    class Full(io.BytesIO):
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+    torch.save(torch.zeros(9), Full())
+
+
+def full_disk_within_safetensors(path):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("write", [full_disk, full_disk_within_torch, full_disk_within_safetensors])
+def test_a_full_disk_is_one_line_with_the_path_whoever_writes(tmp_path, write):
+    path = tmp_path / "deep" / "entry.pt"
+    with pytest.raises(UserError) as caught, written_whole(path) as beside:
+        beside.write_bytes(b"half")
+        write(beside)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: could not be written (") and "No space left on device" in line
+    assert "make room" in line and "\n" not in line and not list(path.parent.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_the_same_line(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "entry.pt"
+    with pytest.raises(UserError, match="could not be written"), written_whole(path):
+        pytest.fail("there is no place to write to")
 
 
 def test_a_block_that_succeeds_puts_the_whole_new_content_in_place(tmp_path):
@@ -248,3 +285,17 @@ def test_the_format_before_torch_1_6_is_read_only_of_other_programs(tmp_path):
     assert torch.equal(load_data(path, "VAE checkpoint", foreign=True)["a"], torch.arange(4.0))
     with pytest.raises(UserError, match=r"old\.pt: damaged, or not a checkpoint$"):
         load_data(path, "checkpoint")
+
+
+def test_an_archive_that_unpacks_to_more_than_itself_is_refused_before_it_is_read(tmp_path):
+    torch.save({"a": torch.zeros(10**5)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for part in plain.namelist():
+            packed.writestr(part, plain.read(part))
+    assert (tmp_path / "packed.pt").stat().st_size < 10**4
+    load_data(tmp_path / "plain.pt", "checkpoint")
+    with pytest.raises(UserError, match=r"packed\.pt: not a checkpoint: it is a packed archive"):
+        load_data(tmp_path / "packed.pt", "checkpoint")

@@ -1,0 +1,82 @@
+"""How a command ends: whatever it meets is one line, and the status says what kind it was."""
+
+import argparse
+import io
+import sys
+
+import pytest
+import torch
+
+from isonext.errors import UserError
+from isonext.utils import cli
+
+
+def ended(monkeypatch, error: BaseException | None, *flags: str) -> int:
+    """The exit status of a command that raises `error`."""
+
+    def main(args: argparse.Namespace) -> int:
+        if error:
+            raise error
+        print("style öl", "name \udcff")
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main, cli.new_parser("a command"))
+    return caught.value.code
+
+
+UNFORESEEN = [
+    ValueError("odd\nand more"),
+    KeyError("style"),
+    RuntimeError("kernel"),
+    RecursionError(),
+    AssertionError(),
+]
+
+
+@pytest.mark.parametrize("error", UNFORESEEN, ids=lambda error: type(error).__name__)
+def test_what_nobody_foresaw_is_one_line_with_its_name_and_status_1(monkeypatch, capsys, error):
+    assert ended(monkeypatch, error) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {type(error).__name__}") and line.endswith("; --debug shows more\n")
+    assert line.count("\n") == 1 and "Traceback" not in line
+
+
+@pytest.mark.parametrize("error", [*UNFORESEEN, UserError("x"), MemoryError()], ids=lambda error: type(error).__name__)
+def test_debug_lets_it_through(monkeypatch, error):
+    with pytest.raises(type(error)):
+        ended(monkeypatch, error, "--debug")
+
+
+def no_memory() -> list[Exception]:
+    errors: list[Exception] = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")]
+    for shape in ((2**45,), (2**40, 2**40)):  # more than a machine has, and more than one can count
+        try:
+            torch.empty(shape)
+        except RuntimeError as error:
+            errors.append(error)
+    assert len(errors) == 4
+    return errors
+
+
+@pytest.mark.parametrize("error", no_memory(), ids=str)
+def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_as_on_a_card(monkeypatch, capsys, error):
+    assert ended(monkeypatch, error) == 2
+    line = capsys.readouterr().err
+    assert "out of memory" in line and "smaller --batch_size or --size" in line and line.count("\n") == 1
+
+
+def test_the_line_stays_one_where_a_name_has_two(monkeypatch, capsys):
+    assert ended(monkeypatch, UserError("a\nb.png: no such picture")) == 2
+    assert capsys.readouterr().err == "error: a b.png: no such picture\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("ascii", b"style \\xf6l name \\udcff\n"), ("utf-8", b"style \xc3\xb6l name \\udcff\n")]
+)
+def test_a_name_that_stdout_has_no_letters_for_is_printed_with_escapes(monkeypatch, encoding, printed):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert ended(monkeypatch, None) == 0
+    assert stdout.buffer.getvalue() == printed
