@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     from isonext.training.trainer import train
 
     trainer = train(load_config(args.config, args.overrides), args.resume, args.init)
-    return 0 if trainer.finished else 130
+    return trainer.stopped
 
 
 if __name__ == "__main__":

@@ -37,7 +37,16 @@ COMMANDS = sorted(
 # What users have, and what commands write: no file of the repository.
 USERS = {"raw_data", "test_data", "latents", "checkpoints", "outputs", "report", "out", "models", "holiday"}
 USERS |= {"holiday_painted", "photo", "painting", "tensorboard", "NAME_frames", ".venv", "data_root", "~"}
-WRITTEN = {"meta.json", "metrics.json", "report.md", "users.json", "report.json", "predictions.json", "results.json"}
+WRITTEN = {
+    "run.json",
+    "meta.json",
+    "metrics.json",
+    "report.md",
+    "users.json",
+    "report.json",
+    "predictions.json",
+    "results.json",
+}
 WRITTEN |= {"data_config.json", "lines.txt"}  # the last two of the text example
 # Other projects' files and flags, from which two examples say how to come.
 FOREIGN = {"stage1_extract_features.py", "stage2_train_dit.py", "stage3_inference.py", "scripts/batch_sample.py"}

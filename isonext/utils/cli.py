@@ -82,8 +82,9 @@ def _outcome(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, SIGINT and SIGTERM only set a flag, which the yielded function reads: the loop ends cleanly.
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within, SIGINT and SIGTERM only set a flag, and the loop ends cleanly: the yielded function returns the exit
+    status, 130 or 143, once one came, and 0 before.
 
     A second signal falls through to Python's own handling, so that a stuck process can still be ended.
     """
@@ -97,7 +98,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     for signum in (signal.SIGINT, signal.SIGTERM):
         previous[signum] = signal.signal(signum, remember)
     try:
-        yield lambda: bool(received)
+        yield lambda: 128 + received[0] if received else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
