@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from helpers import CHECKPOINT, refused
-from isonext.evaluation import evaluator
+from isonext.evaluation import evaluator, sweep
 from isonext.evaluation.metrics import train_style_classifier
 from isonext.evaluation.report import front
 
@@ -275,3 +275,11 @@ def test_fixed_points_are_solved_for_in_float32_as_by_inference(report):
     figures, _, _ = report(*flags, "--set", "inference.num_steps=8")
     # By inference.py --certify, at the tolerance of 1e-5: below 1e-4. BF16 stops at some 3e-3.
     assert all(pair["round_trip_max"] < 3e-4 for pair in figures["results"][0]["directions"])
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_measured(within, monkeypatch, tmp_path):
+    (tmp_path / "report").write_bytes(b"mine")
+    monkeypatch.setattr(sweep, "load_runs", lambda options: pytest.fail("loaded"))
+    result = within("evaluate", "--checkpoint", CHECKPOINT, "--data", "raw_data", "--output", tmp_path / "report")
+    refused(result, "report is a file; give a folder for the output")
+    assert (tmp_path / "report").read_bytes() == b"mine"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers import ROOT, call
 from isonext.errors import UserError
-from isonext.utils.io import load_data, natural_order, remove_unfinished, written_whole
+from isonext.utils.io import check_output, load_data, natural_order, remove_unfinished, written_whole
 
 
 @pytest.mark.parametrize("old", [None, b"old content"])
@@ -203,3 +203,15 @@ def test_the_format_before_torch_1_6_is_read_only_of_other_programs(tmp_path):
     assert torch.equal(load_data(path, "VAE checkpoint", foreign=True)["a"], torch.arange(4.0))
     with pytest.raises(UserError, match=r"old\.pt: damaged, or not a checkpoint$"):
         load_data(path, "checkpoint")
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work_and_nothing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "deep"):
+        with pytest.raises(UserError, match="file is a file; give a folder for the output"):
+            check_output(output)
+    check_output(tmp_path / "new" / "deep")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="may not be written to"):
+        check_output(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
