@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ class Trainer:
     def _choose_micro_batch(self, network: Callable[..., VelocityNetwork]) -> MicroBatch:
         """As the config says, or as the free memory allows; a CPU's is shared by all processes."""
         training = self.config.training
-        needs = count_needs(network, self.spec, self.bf16, training.channels_last)
+        needs = count_needs(network, self.spec, self.bf16, training.channels_last, self.device.type == "cpu")
         sharing = 1 if self.device.type == "cuda" else self.accelerator.num_processes
         return choose_micro_batch(training, self.share, USABLE * free_bytes(self.device) / sharing, needs)
 
@@ -328,7 +328,7 @@ def join_processes() -> Accelerator:
         mixed_precision="no",
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[patience],
+        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy
     )
 
 

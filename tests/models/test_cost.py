@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from isonext.models.cost import Footprint, footprint, forward_flops, step_flops
+from isonext.models.dit import DiT
 from model import DepthwiseConv, IsoNext
 
 SIZES = {
@@ -93,3 +94,12 @@ def test_the_operations_of_a_step_are_those_counted_by_hand():
     assert forward_flops(network, 5, (4, 4)) == 2 * 5 * 16 * (288 + 2 * 584)
     again = step_flops(network, 5, (4, 4), recompute=True)
     assert again == 2 * 5 * 16 * (3 * 288 - 144 + 4 * 2 * 584)
+
+
+def test_a_gpu_keeps_attention_in_bf16_and_a_cpu_in_float32():
+    dit = {"hidden_dim": 64, "num_layers": 1, "num_heads": 4, "patch_size": 1, "time_dim": 16}
+    network = partial(DiT, size=(16, 16), latent_channels=2, num_styles=2, **dit)
+    cpu, gpu = (footprint(network, (2, 16, 16), True, False, "none", on_cpu=on_cpu).picture for on_cpu in (True, False))
+    in_float32 = [footprint(network, (2, 16, 16), False, False, "none", on_cpu).picture for on_cpu in (True, False)]
+    numbers = 256 * 64  # of q, k, v or the result, of one picture: two bytes less for what is kept of v and the result
+    assert cpu - gpu >= 2 * 2 * numbers and in_float32[0] == in_float32[1]
