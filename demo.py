@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     print("3/4  train.py: the velocity field of both styles")
     trainer = train(config, resume="newest")
     if not trainer.finished:
-        return 130
+        return trainer.stopped
     print("4/4  evaluate.py: transfer the test pictures both ways and measure")
     text, shown = measure(config, pictures, output)
     print(f"\n{text}\n")

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     trainer = train(config, args.resume, args.init, named_autoencoder(args.overrides))
-    return 0 if trainer.finished else 130
+    return trainer.stopped
 
 
 if __name__ == "__main__":

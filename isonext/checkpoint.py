@@ -70,6 +70,8 @@ class Checkpoint:
     ema: dict[str, Tensor]
     optimizer: dict
     ema_head_start: int = 0  # optimiser steps that the average had seen before this run
+    run: str = ""  # an id, see training/folder.py; "" where there was none yet
+    log: dict = dataclasses.field(default_factory=dict)  # what the next line of the log has of the steps before
     version: str = __version__  # of the program that wrote it; "" where that did not say yet
 
     def save(self, path: Path) -> None:
@@ -92,7 +94,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             tree["config"].setdefault("training", {})["anchor_strength"] = 0.0
     if tree["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {brief(tree['format'])}, this program reads {FORMAT}")
-    for name, absent in (("version", ""), ("ema_head_start", 0)):  # format 2 came before them
+    for name, absent in (("version", ""), ("ema_head_start", 0), ("run", ""), ("log", {})):  # format 2 came before them
         tree.setdefault(name, absent)
     if tree.keys() != names:
         odd = ", ".join(sorted(str(name)[:40] for name in tree.keys() ^ names)[:8])
@@ -201,9 +203,13 @@ def refuse_other_weights(own: dict[str, Tensor], weights: dict[str, Tensor], pat
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """stage1_epoch{N}.pt by rising N."""
-    numbered = {path: re.fullmatch(r"stage1_epoch(\d+)\.pt", path.name) for path in folder.glob("stage1_epoch*.pt")}
-    epochs = {path: int(match[1]) for path, match in numbered.items() if match}
-    return sorted(epochs, key=lambda path: epochs[path])
+    numbered = [path for path in folder.glob("stage1_epoch*.pt") if re.fullmatch(r"stage1_epoch\d+\.pt", path.name)]
+    return sorted(numbered, key=epoch_of)
+
+
+def epoch_of(path: Path) -> int:
+    """N of a stage1_epoch{N}.pt."""
+    return int(path.stem.removeprefix("stage1_epoch"))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:

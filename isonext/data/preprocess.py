@@ -1,6 +1,5 @@
 """Folders of pictures to a latent store: what is there already, what is new, statistics and split."""
 
-import contextlib
 import math
 import os
 import sys
@@ -28,7 +27,7 @@ from isonext.data.style_folders import find_styles, held_out_hint
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
-from isonext.utils.io import folder_lock, in_background
+from isonext.utils.io import in_background
 
 BATCH = 16  # pictures at once, at most; of large ones the autoencoder takes fewer
 LONGEST_NAME = 255  # bytes, on the file systems that are in use
@@ -73,7 +72,7 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None, 
     codec = load_autoencoder(config.autoencoder.name, device)
     if distributed.is_main() and (hint := held_out_hint(raw_root, styles)):
         print(f"warning: {hint}", file=sys.stderr)
-    with folder_lock(config.data.data_root) if distributed.is_main() else contextlib.nullcontext():
+    with distributed.folder_lock(config.data.data_root):
         work = distributed.from_main(
             _find_work(config.data, codec, list(styles), pictures, batch) if distributed.is_main() else None
         )

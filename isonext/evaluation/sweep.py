@@ -17,6 +17,7 @@ from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline, load_pipeline, transfer_settings
 from isonext.utils.device import pick_device
 from isonext.utils.distributed import refuse_several
+from isonext.utils.io import check_output
 
 
 @dataclass
@@ -34,6 +35,7 @@ def evaluate(options: EvaluateOptions) -> int:
     refuse_several("evaluate.py")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be 1 or more")
+    check_output(options.output)
     runs = load_runs(options)
     skipped: list[str] = []
     evaluator = load_evaluator(options, runs[0], skipped)

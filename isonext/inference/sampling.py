@@ -1,6 +1,5 @@
 """What sample.py does: which samples, in which batches, made, saved, and laid out on a sheet."""
 
-import contextlib
 import json
 import math
 import re
@@ -27,7 +26,7 @@ from isonext.inference.structure_file import fixed_bits
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
-from isonext.utils.io import folder_lock, in_background, remove_unfinished, written_whole
+from isonext.utils.io import in_background, remove_unfinished, written_whole
 from isonext.utils.schema import placed
 from isonext.utils.seeding import seeded
 
@@ -52,7 +51,7 @@ def sample_pictures(options: SampleOptions) -> int:
     evaluations = len(samples) // size * size * settings.num_steps  # at least, in full batches
     pays = is_worth_compiling(trained, pipeline, pipeline.spec.space, evaluations)
     compile_where_it_pays(pipeline, options.network.compile, pays)
-    with folder_lock(options.output) if distributed.is_main() else contextlib.nullcontext():
+    with distributed.folder_lock(options.output):
         if distributed.is_main():
             remember(options, record_of(options, pipeline, settings), samples, pipeline.spec.styles)
         done, seconds = make_pictures(options, pipeline, settings, samples)

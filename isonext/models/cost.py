@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from isonext.flow.loss import flow_loss
+from isonext.models.dit import Attention
 from model import Recompute, VelocityNetwork, count_parameters
 
 COPIES = 5  # of the parameters, in float32: themselves, gradients, AdamW's two moments, the average
@@ -48,10 +49,14 @@ def footprint(
     bf16: bool,
     channels_last: bool,
     recompute: Recompute,
+    on_cpu: bool = True,  # else on a GPU, where attention is in BF16 like the rest
 ) -> Footprint:
     """Of the training step of that network."""
     with FakeTensorMode():
         model = network(recompute=recompute)
+        for part in model.modules():  # the tensors that are counted are a CPU's, whatever the estimate is for
+            if isinstance(part, Attention):
+                part.cpu_in_float32 = on_cpu
         for parameter in model.parameters():  # as in all micro-batches but the first
             parameter.grad = torch.empty_like(parameter)
         few, many = COUNTED

@@ -60,6 +60,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.cpu_in_float32 = True  # whose BF16 kernel is several times slower backward, see docs/speed.md
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if len(cos):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if x.device.type == "cpu":  # whose BF16 kernel is several times slower backward, see docs/speed.md
+        if x.device.type == "cpu" and self.cpu_in_float32:
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v.float())
         else:

@@ -1,6 +1,7 @@
 """The record of a training run: metrics.jsonl, TensorBoard, and the loss curve as a picture."""
 
 import json
+import sys
 from pathlib import Path
 
 from isonext.utils.io import written_whole
@@ -36,14 +37,23 @@ class Logbook:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut off by a kill is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """The lines of a metrics.jsonl, of each what is a number. A damaged line is left out, and a warning counts them;
+    a last line that a kill cut off is no damage."""
+    *texts, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = [_numbers_of(text) for text in texts if text.strip()]
+    if None in lines:
+        print(f"warning: {path}: {lines.count(None)} damaged lines are left out", file=sys.stderr)
+    return [line for line in [*lines, _numbers_of(last)] if line is not None]
+
+
+def _numbers_of(text: bytes) -> dict | None:
+    """A line's numbers by name; None where it is no JSON object with a step."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+        return None
+    numbers = {name: value for name, value in line.items() if type(value) in (int, float)} if type(line) is dict else {}
+    return numbers if type(numbers.get("step")) is int else None
 
 
 def plot_losses(metrics: Path, output: Path) -> None:

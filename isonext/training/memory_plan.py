@@ -98,10 +98,12 @@ def equal_pieces(share: int, most: int) -> int:
     return math.ceil(share / count)
 
 
-def count_needs(network: Callable[..., VelocityNetwork], spec: LatentSpec, bf16: bool, channels_last: bool) -> Needs:
+def count_needs(
+    network: Callable[..., VelocityNetwork], spec: LatentSpec, bf16: bool, channels_last: bool, on_cpu: bool = True
+) -> Needs:
     """Footprints, each counted when it is first asked for; `network` makes one, of `recompute`."""
     sample = (spec.channels, *spec.space)
-    return functools.cache(lambda recompute: footprint(network, sample, bf16, channels_last, recompute))
+    return functools.cache(lambda recompute: footprint(network, sample, bf16, channels_last, recompute, on_cpu))
 
 
 def describe_reduction(training: TrainingConfig, chosen: MicroBatch, share: int) -> str:
@@ -130,7 +132,7 @@ def print_plan(config: Config, vram: float | None) -> None:
     root = Path(config.data.data_root)
     meta = read_meta(root) or survey(root, config)
     spec = meta.latents if meta else assumed_latents(config)
-    needs = count_needs(network_of(config, spec), spec, bf16, config.training.channels_last)
+    needs = count_needs(network_of(config, spec), spec, bf16, config.training.channels_last, on_cpu=False)
     limit = USABLE * (vram * GIB - CONTEXT)
     lines = [*_known_lines(config, spec, meta, needs, bf16), *_memory_lines(config, spec, needs, vram, limit)]
     lines += [*_beside_lines(config, spec, needs("full"), bf16), ""]

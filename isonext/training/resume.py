@@ -1,23 +1,18 @@
 """What a run may start from: its own checkpoint, exactly, or the weights of another run."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from isonext.checkpoint import (
-    BEST,
-    INTERRUPTED,
-    Checkpoint,
-    epoch_checkpoints,
-    load_checkpoint,
-    load_weights,
-    newest_checkpoint,
-)
+from isonext.checkpoint import Checkpoint, load_checkpoint, load_weights, newest_checkpoint
 from isonext.config import Config, config_to_dict
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
+from isonext.training.folder import holds_checkpoints
+from isonext.training.optim import learning_rate
 
 COUNTED = ("latent_channels", "num_styles")  # null and the number that was counted mean the same
 FIXED = {  # the rest of the training section may change on the way; the whole model section may not
@@ -34,7 +29,7 @@ def find_start(folder: Path, resume: str | None) -> tuple[Path, Checkpoint] | No
     """
     if resume is not None:
         return newest_checkpoint(folder) if resume == "newest" else (Path(resume), load_checkpoint(resume))
-    if epoch_checkpoints(folder) or any((folder / name).exists() for name in (INTERRUPTED, BEST)):
+    if holds_checkpoints(folder):
         raise UserError(
             f"{folder}: holds the checkpoints of a run; go on with --resume, "
             "or start another with --set checkpoint.save_dir=FOLDER"
@@ -72,6 +67,29 @@ def check_resume(checkpoint: Checkpoint, path: Path, config: Config, spec: Laten
                 raise UserError(f"{path}: was trained with {name} {old}, not {value}: {why}")
             changes.append(f"{name} is now {value}, was {old}")
     return changes
+
+
+def check_length(checkpoint: Checkpoint, path: Path, config: Config, steps_per_epoch: int) -> list[str]:
+    """A line where another number of epochs makes the learning rate jump; UserError where fewer than done are asked.
+
+    The schedule is a function of the whole run's length, so that a longer one stretches its cosine.
+    """
+    training, epochs = config.training, checkpoint.config.training.stage1_epochs
+    if checkpoint.step > training.stage1_epochs * steps_per_epoch:
+        raise UserError(
+            f"{path}: has done {checkpoint.step / steps_per_epoch:.4g} epochs, more than training.stage1_epochs = "
+            f"{training.stage1_epochs}; raise that, or resume an earlier checkpoint"
+        )
+    was, now = (
+        learning_rate(training, max(0, checkpoint.step - 1), count * steps_per_epoch)
+        for count in (epochs, training.stage1_epochs)
+    )
+    if math.isclose(was, now, rel_tol=0.1):
+        return []
+    return [
+        f"warning: the learning rate goes on at {now:.2g} and not at {was:.2g}: {training.stage1_epochs} epochs "
+        f"instead of {epochs} stretch its cosine; to hold it, --set training.lr_schedule=constant and a learning rate"
+    ]
 
 
 def in_units_of(spec: LatentSpec, other: Checkpoint | None, path: str | Path | None) -> LatentSpec:

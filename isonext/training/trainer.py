@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
 from isonext.pipeline import Pipeline, load_codec
 from isonext.training.batches import Batch, base_of
+from isonext.training.folder import identify, is_finite, last_good, new_run, set_aside, write_run
 from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import Logbook
 from isonext.training.memory_plan import (
@@ -30,7 +32,7 @@ from isonext.training.memory_plan import (
     describe_reduction,
     refuse_too_large,
 )
-from isonext.training.resume import check_resume, find_start, in_units_of, take_over
+from isonext.training.resume import check_length, check_resume, find_start, in_units_of, take_over
 from isonext.training.state import StepResult, TrainState
 from isonext.training.validation import Validation
 from isonext.utils import distributed
@@ -75,6 +77,12 @@ class Trainer:
         model = network(recompute=micro_batch.recompute)
         model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks memory_format
         self.state = TrainState.start(model, training)
+        self.steps_per_epoch = len(self.train) // training.batch_size
+        self.total_steps = training.stage1_epochs * self.steps_per_epoch
+        self.quarter_sums = torch.zeros(2, 4, device=self.device)  # summed losses and counts by quarter of t
+        self.clipped = 0  # steps since the last line of the log
+        self.run = new_run()
+        self.branches_from: Path | None = None  # the checkpoint that was asked for by name
         self._resume(resume)
         if autoencoder:  # checked now, not at the first validation; checkpoints will name this place
             self.spec.autoencoder = load_codec(self.spec, self.device, str(root), autoencoder).name
@@ -83,14 +91,11 @@ class Trainer:
             self.state.ema.head_start = other.ema_head_start + other.step
         if self.accelerator.is_main_process:
             remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
-        self.steps_per_epoch = len(self.train) // training.batch_size
-        self.total_steps = training.stage1_epochs * self.steps_per_epoch
         self.gradients = GradientAccumulator(
             model, self.train, self.base, training, self.accelerator, self.bf16, micro_batch
         )
         self.gradients.prepare(self.state.step, compiled=training.compile and not self.finished)
-        self.quarter_sums = torch.zeros(2, 4, device=self.device)  # summed losses and counts by quarter of t
-        self.clipped = 0  # steps since the last line of the log
+        self.stopped = 0  # by a signal: the exit status
         self.validation = self._make_validation()
 
     @property
@@ -110,7 +115,7 @@ class Trainer:
     def _choose_micro_batch(self, network: Callable[..., VelocityNetwork]) -> MicroBatch:
         """As the config says, or as the free memory allows; a CPU's is shared by all processes."""
         training = self.config.training
-        needs = count_needs(network, self.spec, self.bf16, training.channels_last)
+        needs = count_needs(network, self.spec, self.bf16, training.channels_last, self.device.type == "cpu")
         sharing = 1 if self.device.type == "cuda" else self.accelerator.num_processes
         free = free_bytes(self.device) / sharing
         refuse_too_large(network, free)
@@ -124,13 +129,19 @@ class Trainer:
                 self.accelerator.print(f"{self.folder}: no checkpoint yet, starting from the beginning")
             return
         path, checkpoint = found
-        for line in check_resume(checkpoint, path, self.config, self.spec, self.train.digest):
+        self.run = identify(self.folder, path, checkpoint)
+        lines = check_resume(checkpoint, path, self.config, self.spec, self.train.digest)
+        for line in lines + check_length(checkpoint, path, self.config, self.steps_per_epoch):
             self.accelerator.print(line)
         # The statistics stay those of the start: the network's units must not move under it.
         known = checkpoint.latents
         self.spec = self.train.spec = self.val.spec = replace(self.spec, mean=known.mean, std=known.std)
         self.base = checkpoint.base
         self.state.load_tree(vars(checkpoint), path)
+        if self.accelerator.is_main_process and checkpoint.log:  # the sums are over all processes
+            self.quarter_sums += checkpoint.log["sums"].to(self.device)
+        self.clipped = checkpoint.log.get("clipped", 0)
+        self.branches_from = None if resume == "newest" else path
         self.accelerator.print(f"resumed from {path} at step {self.state.step}")
 
     def _make_validation(self) -> Validation:
@@ -163,14 +174,20 @@ class Trainer:
             self.quarter_sums += sums
         return result
 
-    def fit(self, stop: Callable[[], bool] = lambda: False, quiet: bool | None = None) -> None:
-        """Train to the last epoch, or until `stop()`; saves on the way and when stopped."""
+    def fit(self, stop: Callable[[], int] = lambda: 0, quiet: bool | None = None) -> None:
+        """Train to the last epoch, or until `stop()` is an exit status; saves on the way and when stopped."""
         main = self.accelerator.is_main_process
+        if main:
+            self._begin()
         logbook = Logbook(self.folder, self.state.step) if main else None
-        self.best_score = logbook.largest("val_score") if logbook else 0.0
+        known = logbook and (self.folder / BEST).exists()  # a branch that was left took its best along
+        self.best_score = logbook.largest("val_score") if logbook and known else 0.0
         bar = tqdm(total=self.total_steps, initial=self.state.step, unit="step", disable=quiet if main else True)
         started, seen = time.perf_counter(), 0
-        while not self.finished and not self._any(stop()):
+        while not self.finished:
+            self.stopped = self._agree(stop())
+            if self.stopped:
+                break
             result = self.train_step()
             seen += self.config.training.batch_size
             bar.update()
@@ -187,15 +204,41 @@ class Trainer:
                 self._end_epoch(self.state.step // self.steps_per_epoch, logbook)
                 started += time.perf_counter() - paused
         bar.close()
+        self._gather_sums()
         if main and not self.finished:
-            self.save(self.folder / INTERRUPTED)
-            print(f"stopped at step {self.state.step}: saved {self.folder / INTERRUPTED}; go on with --resume")
+            self._save_interrupted()
         if logbook:
             logbook.close()
 
+    def _begin(self) -> None:
+        """Make the folder this run's. What it saved after a checkpoint that was asked for by name is another branch."""
+        write_run(self.folder, self.run)
+        if self.branches_from is None:
+            return
+        step = self.state.step
+        left = set_aside(self.folder, self.branches_from, step, step // self.steps_per_epoch)
+        if left:
+            print(f"what was saved after step {step} now lies in {left}")
+        if not self.finished and self.branches_from.resolve() != (self.folder / INTERRUPTED).resolve():
+            self.save(self.folder / INTERRUPTED)  # from here --resume goes on, until there is a newer one
+        self.branches_from = None
+
+    def _save_interrupted(self) -> None:
+        """Also where the last steps were refused: it takes no other checkpoint's place, and remembers them."""
+        if not self._is_finite():
+            print(
+                f"stopped at step {self.state.step}: the weights are not finite and were not saved; {self._last_good()}"
+            )
+            return
+        self.save(self.folder / INTERRUPTED)
+        print(f"stopped at step {self.state.step}: saved {self.folder / INTERRUPTED}; go on with --resume")
+
+    def _is_finite(self) -> bool:
+        return is_finite(self.state.model.state_dict(), self.state.ema.model.state_dict())
+
     def _last_good(self) -> str:
-        good = epoch_checkpoints(self.folder)
-        return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        good = last_good(self.folder)
+        return f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
 
     def _diverged(self) -> str:
         return (
@@ -204,11 +247,17 @@ class Trainer:
             "or --set training.use_amp=false"
         )
 
-    def _any(self, flag: bool) -> bool:
-        """Whether any process says so: a signal may reach one of them a step before the others."""
+    def _agree(self, status: int) -> int:
+        """The largest of all processes' exit statuses: a signal may reach one of them a step before the others."""
         if self.accelerator.num_processes == 1:
-            return flag
-        return self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum").item() > 0
+            return status
+        return int(self.accelerator.gather(torch.tensor([status], device=self.device)).max().item())
+
+    def _gather_sums(self) -> None:
+        """Bring the sums for the log to process 0, which saves them."""
+        if self.accelerator.num_processes > 1:
+            self.quarter_sums = self.accelerator.reduce(self.quarter_sums, "sum")
+            self.quarter_sums *= self.accelerator.is_main_process
 
     def _numbers(self, result: StepResult, samples_per_s: float) -> dict[str, float]:
         """What is logged of the last step; the losses are means since the last call."""
@@ -225,19 +274,34 @@ class Trainer:
 
     def _end_epoch(self, epoch: int, logbook: Logbook | None) -> None:
         training = self.config.training
+        self._gather_sums()
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
             numbers = self.validation.validate(self.gradients.micro_batch.pictures)
             logbook.write(self.state.step, numbers)
-            if numbers.get("val_score", 0) > self.best_score:
+            sound = not self.state.guard.in_a_row and self._is_finite()
+            if sound and numbers.get("val_score", 0) > self.best_score:
                 self.best_score = numbers["val_score"]
                 self.save(self.folder / BEST)
         if logbook and (epoch % training.save_every_epochs == 0 or self.finished):
-            self.save(self.folder / f"stage1_epoch{epoch}.pt")
-            (self.folder / INTERRUPTED).unlink(missing_ok=True)
-            for old in epoch_checkpoints(self.folder)[: -training.keep_checkpoints]:  # [:-0] is none
-                old.unlink()
+            self._save_epoch(epoch)
             self.validation.save_preview(self.folder / f"preview_epoch{epoch}.png")
         self.accelerator.wait_for_everyone()
+
+    def _save_epoch(self, epoch: int) -> None:
+        """Save, and delete the oldest. What may be broken is not saved, and nothing makes room for it: where the last
+        step was refused, only the end of the run is saved, beside all others."""
+        refused = self.state.guard.in_a_row
+        if not self._is_finite() or (refused and not self.finished):
+            why = f"the last {refused} steps were refused" if refused else "the weights are not finite"
+            print(f"warning: epoch {epoch} is not saved: {why}; {self._last_good()}")
+            return
+        self.save(self.folder / f"stage1_epoch{epoch}.pt")
+        (self.folder / INTERRUPTED).unlink(missing_ok=True)
+        if refused:
+            print(f"warning: the last {refused} steps were refused: look at the loss before this checkpoint is used")
+            return
+        for old in epoch_checkpoints(self.folder)[: -self.config.training.keep_checkpoints]:  # [:-0] is none
+            old.unlink()
 
     def save(self, path: Path) -> None:
         """The whole state, in one file; where there is no room for it, nothing is lost but the steps since the last."""
@@ -247,6 +311,8 @@ class Trainer:
             base=self.base,
             store=self.train.digest,
             epoch=self.state.step // self.steps_per_epoch,
+            run=self.run,
+            log={"sums": self.quarter_sums.cpu(), "clipped": self.clipped},
             **self.state.to_tree(),
         )
         try:
@@ -272,7 +338,14 @@ def join_processes() -> Accelerator:
     # Autocast wraps the network alone, not accelerate's; without GPUs it must be told of several processes.
     many_on_cpu = distributed.world() > 1 and not torch.cuda.is_available()
     patience = InitProcessGroupKwargs(timeout=distributed.PATIENCE)
-    return Accelerator(cpu=many_on_cpu, mixed_precision="no", kwargs_handlers=[patience])
+    # A launcher's variables would cut the gradients (accumulation) or compile once more (dynamo); the config decides.
+    return Accelerator(
+        cpu=many_on_cpu,
+        mixed_precision="no",
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy
+    )
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -292,7 +365,8 @@ def train(
     """Run (or go on with) the training that `config` describes, see `Trainer`; Ctrl-C and SIGTERM save first."""
     # DDP warns of the memory layout of depthwise weights (stride of a dimension of 1), which costs it nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    with stop_signals() as stop, distributed.peers_needed():
+    folder = Path(config.checkpoint.save_dir)
+    with stop_signals() as stop, distributed.folder_lock(folder), distributed.peers_needed():
         trainer = Trainer(config, resume, init, autoencoder)
         trainer.accelerator.print(trainer.describe())
         trainer.fit(stop, quiet)

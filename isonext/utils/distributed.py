@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from isonext.errors import UserError
@@ -30,6 +31,15 @@ def world() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def folder_lock(folder: str | Path) -> contextlib.AbstractContextManager[None]:
+    """That of io.py, held by the first process for all of them."""
+    if not is_main():
+        return contextlib.nullcontext()
+    from isonext.utils import io  # imports torch
+
+    return io.folder_lock(folder)
 
 
 def local_rank() -> int:

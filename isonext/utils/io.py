@@ -62,6 +62,15 @@ def _why_unwritten(error: Exception) -> str | None:
     return None
 
 
+def check_output(folder: Path) -> None:
+    """UserError where files cannot be written to `folder`, before the work for them is done; makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder}: {there} is a file; give a folder for the output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {there} may not be written to; give another folder for the output")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed `written_whole` left in `folder`, known by its mark; what others left there stays."""
     for leftover in folder.glob(f".*{MARK}*"):

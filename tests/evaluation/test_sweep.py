@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from helpers import CHECKPOINT, refused
-from isonext.evaluation import evaluator
+from isonext.evaluation import evaluator, sweep
 from isonext.evaluation.evaluator import Direction, Evaluation, base_figures
 from isonext.evaluation.metrics import bootstrap, share, share_difference, train_style_classifier
 from isonext.evaluation.report import front
@@ -295,6 +295,14 @@ def test_pictures_that_share_all_but_the_suffix_are_all_measured(report, tmp_pat
     assert [pair["pictures"] for pair in figures["results"][0]["directions"]] == [5, 2]
     figures, _, _ = report("--data", tmp_path / "some", "--limit", "9", "--pairs")
     assert [pair["pictures"] for pair in figures["results"][0]["directions"]] == [2, 2], "a.png, and b of two suffixes"
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_measured(within, monkeypatch, tmp_path):
+    (tmp_path / "report").write_bytes(b"mine")
+    monkeypatch.setattr(sweep, "load_runs", lambda options: pytest.fail("loaded"))
+    result = within("evaluate", "--checkpoint", CHECKPOINT, "--data", "raw_data", "--output", tmp_path / "report")
+    refused(result, "report is a file; give a folder for the output")
+    assert (tmp_path / "report").read_bytes() == b"mine"
 
 
 #################################################################################

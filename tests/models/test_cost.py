@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from isonext.models.cost import Footprint, call_bytes, footprint, forward_flops, step_flops
+from isonext.models.dit import DiT
 from model import DepthwiseConv, IsoNext
 
 SIZES = {
@@ -113,3 +114,12 @@ def test_group_norm_is_float32_as_on_a_card():
 
     # in BF16: x, its copy of 2 bytes, the norm's input in float32, and its result
     assert call_bytes(lambda: norm, (2, 3, 8, 8)) == pytest.approx((4 + 2 + 4 + 4) * 384, abs=64)  # and its statistics
+
+
+def test_a_gpu_keeps_attention_in_bf16_and_a_cpu_in_float32():
+    dit = {"hidden_dim": 64, "num_layers": 1, "num_heads": 4, "patch_size": 1, "time_dim": 16}
+    network = partial(DiT, size=(16, 16), latent_channels=2, num_styles=2, **dit)
+    cpu, gpu = (footprint(network, (2, 16, 16), True, False, "none", on_cpu=on_cpu).picture for on_cpu in (True, False))
+    in_float32 = [footprint(network, (2, 16, 16), False, False, "none", on_cpu).picture for on_cpu in (True, False)]
+    numbers = 256 * 64  # of q, k, v or the result, of one picture: two bytes less for what is kept of v and the result
+    assert cpu - gpu >= 2 * 2 * numbers and in_float32[0] == in_float32[1]

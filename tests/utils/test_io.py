@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from helpers import ROOT, call
 from isonext.errors import UserError
-from isonext.utils.io import folder_lock, load_data, natural_order, remove_unfinished, written_whole
+from isonext.utils.io import check_output, folder_lock, load_data, natural_order, remove_unfinished, written_whole
 
 
 @pytest.mark.parametrize("old", [None, b"old content"])
@@ -299,3 +299,15 @@ def test_an_archive_that_unpacks_to_more_than_itself_is_refused_before_it_is_rea
     load_data(tmp_path / "plain.pt", "checkpoint")
     with pytest.raises(UserError, match=r"packed\.pt: not a checkpoint: it is a packed archive"):
         load_data(tmp_path / "packed.pt", "checkpoint")
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work_and_nothing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "deep"):
+        with pytest.raises(UserError, match="file is a file; give a folder for the output"):
+            check_output(output)
+    check_output(tmp_path / "new" / "deep")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="may not be written to"):
+        check_output(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

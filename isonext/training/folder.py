@@ -1,0 +1,117 @@
+"""The folder that a run writes to: whose it is, that one process at a time writes there, and its branches."""
+
+import contextlib
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from isonext.checkpoint import BEST, INTERRUPTED, Checkpoint, epoch_checkpoints, epoch_of, load_checkpoint
+from isonext.errors import UserError
+from isonext.utils.io import written_whole
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+
+#################################################################################
+#                                  Whose it is                                  #
+#################################################################################
+
+
+def holds_checkpoints(folder: Path) -> bool:
+    return bool(epoch_checkpoints(folder)) or any((folder / name).exists() for name in (INTERRUPTED, BEST))
+
+
+def new_run() -> str:
+    """An id for a run that begins."""
+    return uuid.uuid4().hex
+
+
+def read_run(folder: Path) -> str:
+    """The id of the run that writes to `folder`; "" where it is from before there were any."""
+    try:
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: as good as none
+        return ""
+    return run if isinstance(run, str) else ""
+
+
+def write_run(folder: Path, run: str) -> None:
+    with written_whole(folder / RUN) as beside:
+        beside.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+
+
+def identify(folder: Path, path: Path, checkpoint: Checkpoint) -> str:
+    """The id of the run that goes on in `folder` from the checkpoint at `path`; UserError in the folder of another.
+
+    In a folder without checkpoints a new run begins, unless `path` itself lies there. A checkpoint without an id, from
+    before there were any, goes on where it lies.
+    """
+    lies_there, holder = path.resolve().parent == folder.resolve(), read_run(folder)
+    if not holds_checkpoints(folder):
+        return (checkpoint.run if lies_there else "") or new_run()
+    same = holder == checkpoint.run and holder != ""
+    unknown = holder == "" or checkpoint.run == ""
+    if not (same or (lies_there and unknown)):
+        raise UserError(
+            f"{folder}: holds the checkpoints of another run than {path}; give the folder of that one, or an empty "
+            "one, with --set checkpoint.save_dir=FOLDER"
+        )
+    return holder or checkpoint.run or new_run()
+
+
+#################################################################################
+#                                    Branches                                   #
+#################################################################################
+
+
+def set_aside(folder: Path, chosen: Path, step: int, epoch: int) -> Path | None:
+    """Move what the run saved after `step` to a sub-folder, since it goes on from there on another branch.
+
+    `chosen` is the checkpoint that it goes on from; it stays. Returns the sub-folder; None where nothing was later.
+    The log goes along as a copy.
+    """
+    later = [path for path in epoch_checkpoints(folder) if epoch_of(path) > epoch]
+    later += [path.with_name(f"preview_epoch{epoch_of(path)}.png") for path in later]
+    later += [path for path in (folder / BEST, folder / INTERRUPTED) if _is_later(path, step)]
+    later = [path for path in later if path.exists() and path.resolve() != chosen.resolve()]
+    if not later:
+        return None
+    taken = len(list(folder.glob(f"branch_after_step{step}_*")))
+    target = folder / f"branch_after_step{step}_{taken + 1}"
+    target.mkdir()
+    if (folder / METRICS).exists():
+        shutil.copy2(folder / METRICS, target)
+    for path in later:
+        path.rename(target / path.name)
+    return target
+
+
+def _is_later(path: Path, step: int) -> bool:
+    """Whether the checkpoint has more steps; one that cannot be read counts as such."""
+    try:
+        return path.exists() and load_checkpoint(path).step > step
+    except UserError:
+        return True
+
+
+#################################################################################
+#                                  What is good                                 #
+#################################################################################
+
+
+def is_finite(*weights: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for part in weights for tensor in part.values())
+
+
+def last_good(folder: Path) -> Path | None:
+    """The newest epoch's checkpoint that can be read, is finite, and was not saved while steps were refused."""
+    for path in reversed(epoch_checkpoints(folder)):
+        with contextlib.suppress(UserError):
+            found = load_checkpoint(path)
+            if not found.guard.get("in_a_row") and is_finite(found.model, found.ema):
+                return path
+    return None
