@@ -23,7 +23,8 @@ from tqdm import tqdm
 from isonext.data import images
 from isonext.data.autoencoder import load_autoencoder
 from isonext.errors import UserError
-from isonext.evaluation.metrics import FEWEST, Estimate, bootstrap, distances, estimate, nearest_distance
+from isonext.evaluation.intervals import FEWEST, Estimate, bootstrap, estimate
+from isonext.evaluation.metrics import distances, nearest_distance
 from isonext.evaluation.report import plain
 from isonext.utils.io import natural_order, written_whole
 from radar import RANGE_DB, SIZES, Radar, from_rgb, ridge_speeds, step_rate

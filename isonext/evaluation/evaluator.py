@@ -17,12 +17,10 @@ from tqdm import tqdm
 
 from isonext.data import images
 from isonext.errors import UserError
+from isonext.evaluation.intervals import Estimate, bootstrap, estimate, share, share_difference
 from isonext.evaluation.metrics import (
-    Estimate,
     StyleClassifier,
-    bootstrap,
     edge_f1,
-    estimate,
     frechet_distance,
     kernel_estimate,
     lab_distance,
@@ -32,8 +30,6 @@ from isonext.evaluation.metrics import (
     psnr,
     retrieval,
     self_similarity_distance,
-    share,
-    share_difference,
     sliced_wasserstein,
     ssim,
     train_style_classifier,

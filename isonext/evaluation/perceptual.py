@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isonext.evaluation.metrics import Estimate, kernel_estimate
+from isonext.evaluation.intervals import Estimate
+from isonext.evaluation.metrics import kernel_estimate
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's conversion of the network of the FID paper
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's; LPIPS' own weights come with torchmetrics

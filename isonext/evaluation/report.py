@@ -9,7 +9,7 @@ from pathlib import Path
 
 from isonext.data import images
 from isonext.evaluation.evaluator import Direction, Evaluation, Evaluator, point
-from isonext.evaluation.metrics import Estimate
+from isonext.evaluation.intervals import Estimate
 from isonext.flow.transfer import TransferSettings
 from isonext.utils.io import written_whole
 

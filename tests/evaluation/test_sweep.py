@@ -11,7 +11,8 @@ from PIL import Image
 from helpers import CHECKPOINT, refused
 from isonext.evaluation import evaluator, sweep
 from isonext.evaluation.evaluator import Direction, Evaluation, base_figures
-from isonext.evaluation.metrics import bootstrap, share, share_difference, train_style_classifier
+from isonext.evaluation.intervals import bootstrap, share, share_difference
+from isonext.evaluation.metrics import train_style_classifier
 from isonext.evaluation.report import front
 from isonext.flow.transfer import TransferSettings
 

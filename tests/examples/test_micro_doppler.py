@@ -16,7 +16,7 @@ from PIL import Image
 
 from helpers import ROOT, call, refused
 from isonext import errors
-from isonext.evaluation.metrics import Estimate, bootstrap, share
+from isonext.evaluation.intervals import Estimate, bootstrap, share
 from isonext.utils import cli
 
 sys.path.append(str(ROOT / "examples/micro_doppler"))

@@ -108,7 +108,7 @@ def resamples(count: int, seed: int) -> np.ndarray:
 
 def _resampled(rows: np.ndarray, of: Callable[[np.ndarray], float], seed: int) -> Score:
     """What `of` makes of the sentences' rows (N, k) added up, and of resampled ones; few sentences have no interval."""
-    from isonext.evaluation.metrics import FEWEST, percentiles
+    from isonext.evaluation.intervals import FEWEST, percentiles
 
     if len(rows) < FEWEST:
         return Score(of(rows.sum(0)), math.nan, math.nan)
