@@ -39,11 +39,6 @@ def open_store(root: Path) -> StoreMeta:
         raise UserError(f"{root}: no latent store here; run: python preprocess_latents.py")
     if not meta.complete:
         raise UserError(f"{root}: preprocessing was not finished; run python preprocess_latents.py again")
-    if not meta.latents.is_finite:
-        raise UserError(
-            f"{root}: its mean and deviation are not finite numbers, so some latents are not; delete the store and run "
-            "python preprocess_latents.py again"
-        )
     own_store(root, meta).check()
     for style in meta.latents.styles:
         if not meta.counts[style]["train"]:
