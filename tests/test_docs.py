@@ -40,6 +40,7 @@ USERS |= {"holiday_painted", "photo", "painting", "tensorboard", "NAME_frames", 
 WRITTEN = {
     "meta.json",
     "samples.json",
+    "transfers.json",
     "run.json",
     "metrics.json",
     "report.md",

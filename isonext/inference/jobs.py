@@ -5,8 +5,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from isonext.inference.inputs import (
 )
 from isonext.inference.options import RestoreOptions, RestyleOptions, TransferOptions
 from isonext.inference.plan import Plan, Target, open_pipeline, plan_restyle, plan_transfer
+from isonext.inference.record import keep_record, record_of_run
+from isonext.inference.report import Report, certificate_status, combine_reports, print_plan, print_report
 from isonext.inference.structure_file import (
     Structure,
     fixed_bits,
@@ -43,25 +45,7 @@ from isonext.utils import distributed
 from isonext.utils.device import deterministic
 from isonext.utils.io import in_background
 
-
-@dataclass
-class Report:
-    """What came of a job."""
-
-    done: int = 0  # pictures
-    nfe: int = 0  # network evaluations a picture, of the last batch
-    notes: list[str] = field(default_factory=list)
-    unsolved: list[str] = field(default_factory=list)  # pictures whose fixed point did not converge
-    residual: float = 0.0  # the largest
-    skipped: list[str] = field(default_factory=list)  # one line a bad picture
-
-    def include(self, other: "Report") -> None:
-        """Take in another process's."""
-        self.done += other.done
-        self.nfe = self.nfe or other.nfe
-        self.residual = max(self.residual, other.residual)
-        for name in ("notes", "unsolved", "skipped"):
-            setattr(self, name, sorted(getattr(self, name) + getattr(other, name)))
+RECORD = "transfers.json"  # in the folder of results
 
 
 #################################################################################
@@ -82,6 +66,8 @@ def transfer_pictures(options: TransferOptions) -> int:
     )
     plan = plan_transfer(options)
     refuse_collisions(jobs, plan)
+    if is_folder and distributed.is_main():
+        remember(options, plan, jobs)
     skipped: list[str] | None = [] if is_folder else None
     batches = read_batches(todo, options, plan, skipped)
     started = time.perf_counter()
@@ -101,6 +87,19 @@ def transfer_pictures(options: TransferOptions) -> int:
     if left_out:
         print(images.left_out_line(left_out))
     return certificate_status(plan, 1 if report.skipped else 0)
+
+
+def remember(options: TransferOptions, plan: Plan, jobs: list[Job]) -> None:
+    """As record.py, for a folder's results."""
+    own: dict[str, Any] = {
+        "source": plan.pipeline.spec.styles[plan.source],
+        "targets": [target.title for target in plan.targets],
+    }
+    own |= {"size": options.size, "min_structure": options.min_structure}
+    results = {path for job in jobs for path in result_paths(job, plan)}
+    present = [path for path in results if os.path.lexists(path) and not path.is_dir()]
+    record = record_of_run(plan.pipeline, plan.settings, own)
+    keep_record(options.output / RECORD, record, present, results, options.overwrite)
 
 
 def read_batches(todo: list[Job], options: TransferOptions, plan: Plan, skipped: list[str] | None) -> Iterable[Batch]:
@@ -334,53 +333,3 @@ def save_results(job: Job, before: Tensor | None, results: list[Tensor], plan: P
             images.save_picture(picture, target.path(job.output))
         final = images.strip(source + pictures, titles)
     images.save_picture(final, job.output)  # last: a result that is there says that its job is done
-
-
-#################################################################################
-#                                What is reported                               #
-#################################################################################
-
-
-def combine_reports(report: Report, plan: Plan) -> Report:
-    """The report of all processes together, and in the plan their certificate."""
-    for lines in (report.notes, report.unsolved, report.skipped):
-        lines.sort()  # whatever the order of the batches was
-    (report, plan.certificate), *others = distributed.gather((report, plan.certificate))
-    for other, certificate in others:
-        report.include(other)
-        if certificate:
-            plan.certificate.include(certificate)
-    return report
-
-
-def print_plan(plan: Plan) -> None:
-    settings, styles = plan.settings, plan.pipeline.spec.styles
-    titles = plan.targets[0].title if len(plan.targets) == 1 else f"{len(plan.targets)} styles"
-    guidance = "no guidance" if settings.cfg_scale == 1 else f"{settings.guidance} guidance {settings.cfg_scale:g}"
-    strength = f"strength {round(1 - settings.grid[0], 2):g}"
-    strength = strength if plan.min_structure is None else f"structure {plan.min_structure:g} or more"
-    legs = f"{settings.method}, {settings.num_steps} steps a leg"
-    print(f"{styles[plan.source]} -> {titles}: {legs}, {guidance}, {strength}")
-
-
-def print_report(report: Report, plan: Plan, seconds: float, remark: str) -> None:
-    if report.done:
-        picture_s = seconds / report.done
-        print(f"{report.done} made, {report.nfe} network evaluations and {picture_s:.2f} s a picture on "
-              f"{plan.pipeline.device}{remark}")  # fmt: skip
-    else:
-        print(f"0 made{remark}")
-    for note in report.notes:
-        print(note)
-    if plan.settings.inversion == "fixed_point":
-        verdict = f"all of them within {plan.settings.tolerance:g}"
-        if report.unsolved:
-            verdict = f"not certified, {len(report.unsolved)} did not converge: {', '.join(report.unsolved)}"
-        print(f"fixed point: largest residual {report.residual:.2g}, {verdict}")
-
-
-def certificate_status(plan: Plan, status: int) -> int:
-    if plan.certificate is None:
-        return status
-    print(plan.certificate.line(likely_cause(plan.settings)))
-    return status if plan.certificate.exact or not plan.certificate.elements else 3

@@ -1,12 +1,11 @@
 """What sample.py does: which samples, in which batches, made, saved, and laid out on a sheet."""
 
-import json
 import math
 import re
 import time
 import zipfile
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings
 from isonext.inference.options import SampleOptions
 from isonext.inference.plan import compile_where_it_pays, is_worth_compiling, open_pipeline, resolve_settings
-from isonext.inference.structure_file import fixed_bits
+from isonext.inference.record import keep_record, record_of_run
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
@@ -167,55 +166,18 @@ def draw_noise(pipeline: Pipeline, seed: int, numbers: list[int]) -> tuple[Tenso
 
 
 def record_of(options: SampleOptions, pipeline: Pipeline, settings: TransferSettings) -> dict:
-    """All that decides what a sample of a name shows, as JSON has it; the size of a batch, which rounds, does not."""
-    bits = fixed_bits(pipeline)
-    record = asdict(settings) | {name: bits[name] for name in ("checkpoint", "autoencoder", "precision")}
-    record |= {"seed": options.seed, "styles": list(options.styles) if options.num_samples else None}
-    return json.loads(json.dumps(record))
+    """All that decides what a sample of a name shows; the size of a batch, which rounds, does not."""
+    own = {"seed": options.seed, "styles": list(options.styles) if options.num_samples else None}
+    return record_of_run(pipeline, settings, own)
 
 
 def remember(options: SampleOptions, record: dict, samples: list[Sample], styles: list[str]) -> None:
-    """Write down what makes the folder's pictures; a UserError where there are some that something else has made.
-
-    Those that --overwrite is to replace go first: a run that is killed must not leave two kinds of them.
-    """
-    path, before = options.output / RECORD, _read_record(options.output / RECORD)
-    other = before and next((name for name in record if name in before and before[name] != record[name]), None)
-    if before is None or other:
-        names = "|".join(map(re.escape, ("sample", *styles)))
-        found = [
-            picture for picture in options.output.glob("*.png") if re.fullmatch(rf"({names})_\d+\.png", picture.name)
-        ]
-        found += [options.output / name for name in (SHEET, PACKED) if (options.output / name).exists()]
-        replaced = {*(sample.path for sample in samples), options.output / SHEET, options.output / PACKED}
-        left = [picture for picture in found if not options.overwrite or picture not in replaced]
-        if left:
-            why = "and no record of what made it"
-            if before and other:
-                why = f"made with {other} {_short(before[other])}, not {_short(record[other])}"
-            way_out = "give another folder" if options.overwrite else "give another folder, or --overwrite"
-            raise UserError(f"--output {options.output}: holds {min(left).name}, {why}; {way_out}")
-        for picture in found:
-            picture.unlink()
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-def _read_record(path: Path) -> dict | None:
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: damaged: it should say what made the pictures here; give another --output")
-    return record
-
-
-def _short(value: object) -> str:
-    """For a message: a digest by its first figures."""
-    return value[:12] if isinstance(value, str) else json.dumps(value)
+    """As record.py, for the samples of all styles, the sheet and the packed file."""
+    names = "|".join(map(re.escape, ("sample", *styles)))
+    present = [path for path in options.output.glob("*.png") if re.fullmatch(rf"({names})_\d+\.png", path.name)]
+    whole = [options.output / name for name in (SHEET, PACKED)]
+    present += [path for path in whole if path.exists()]
+    keep_record(options.output / RECORD, record, present, {*(s.path for s in samples), *whole}, options.overwrite)
 
 
 #################################################################################

@@ -698,7 +698,7 @@ def test_a_folder_of_all_sizes_gives_what_its_pictures_give_one_by_one(infer, tm
     out = out_of(infer(*TO_WARM, *flags, "--input", album, "--output", tmp_path / "out", "--batch_size", "2"), 1)
     assert "4 made" in out and f"skipped: {album / 'bad.png'}: not a picture" in out
     names = ["a.png", "b.png", "c.png", "deep/d.png"]
-    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")) == names
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png")) == names
     for name in names:
         out_of(infer(*TO_WARM, *flags, "--input", album / name, "--output", tmp_path / "one.png"))
         gap = np.abs(pixels(tmp_path / "one.png") - pixels(tmp_path / "out" / name)).max()
@@ -802,7 +802,8 @@ def test_a_result_that_cannot_be_written_is_one_line_for_a_picture_and_for_a_fol
     flags = (*TO_WARM, "--num_steps", "1")
     refused(infer(*flags, "--input", PICTURE, "--output", tmp_path / "x.png"), "No space left", "x.png")
     refused(infer(*flags, "--input", album, "--output", tmp_path / "out"), "No space left", "a.png")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "x.png").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["transfers.json"]
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize("where", ["transfer_batch", "save_results"])
@@ -839,7 +840,9 @@ def test_a_file_in_the_way_of_one_result_of_a_folder_is_one_line_that_names_it(i
     out = out_of(infer(*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out"), 1)
     assert "3 made" in out and f"skipped: {album / 'deep' / 'd.png'}: cannot be saved (" in out
     left = sorted(path.name for path in (tmp_path / "out").rglob("*"))
-    assert left == ["a.png", "b.png", "c.png", "deep"], "the others are whole, and no temporary file is left"
+    assert left == ["a.png", "b.png", "c.png", "deep", "transfers.json"], (
+        "the others are whole, and no temporary file is left"
+    )
 
 
 def test_a_picture_too_large_for_its_format_is_one_line(infer, tmp_path):
@@ -903,3 +906,34 @@ def test_more_sizes_are_compiled_than_torch_would_by_itself(pipeline, monkeypatc
         for side in range(4, 15):
             pipeline(torch.zeros(1, 12, side, side), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     assert len(graphs) == 11
+
+
+def test_results_of_other_settings_are_neither_kept_nor_mixed(infer, tmp_path, album):
+    (album / "bad.png").unlink()
+    flags = ("--num_steps", "1", "--input", album, "--output", tmp_path / "out")
+    out_of(infer(*TO_WARM, *flags))
+    first = pixels(tmp_path / "out" / "b.png")
+    refused(
+        infer(*TO_WARM, *flags, "--strength", "0.5"),
+        "out: holds a.png, made with strength 1.0, not 0.5; give another folder, or --overwrite",
+    )
+    refused(infer(*FROM_COLD, "--target_style", "all", *flags), 'made with targets ["warm"], not ["cold", "warm"]')
+    assert np.array_equal(pixels(tmp_path / "out" / "b.png"), first)
+    out_of(infer(*TO_WARM, *flags, "--strength", "0.5", "--overwrite"))
+    assert not np.array_equal(pixels(tmp_path / "out" / "b.png"), first)
+    (tmp_path / "out" / "transfers.json").unlink()
+    refused(infer(*TO_WARM, *flags), "out: holds a.png, and no record of what made it")
+    Image.new("RGB", (5, 5)).save(tmp_path / "out" / "mine.png")
+    out_of(infer(*TO_WARM, *flags, "--overwrite"))
+    assert Image.open(tmp_path / "out" / "mine.png").size == (5, 5), "a picture of no job stays"
+
+
+def test_a_run_that_is_killed_under_other_settings_leaves_no_mixture(infer, tmp_path, album, monkeypatch):
+    (album / "bad.png").unlink()
+    flags = (*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out")
+    out_of(infer(*flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "transfer_batches", lambda *_: 1 / 0)
+        assert infer(*flags, "--strength", "0.5", "--overwrite")[0] == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["transfers.json"]
+    assert "4 made" in out_of(infer(*flags, "--strength", "0.5"))

@@ -280,7 +280,7 @@ def test_a_dit_names_and_skips_pictures_of_another_size(dit_folder):
         Image.new("RGB", size, "red").save(dit_folder / "some" / f"{name}.png")
     flags = ("--checkpoint", CHECKPOINT, "--source_style", "0", "--target_style", "1", "--num_steps", "2")
     status, out, err = call_within(dit_folder, "inference", *flags, "--input", "some", "--output", "done")
-    assert status == 1 and [path.name for path in (dit_folder / "done").iterdir()] == ["fits.png"]
+    assert status == 1 and [path.name for path in (dit_folder / "done").glob("*.png")] == ["fits.png"]
     assert "skipped: some/wide.png: is 12 x 8 pixels" in out and "takes 8 x 8 alone" in out
     status, out, err = call_within(dit_folder, "inference", *flags, "--input", "some/wide.png", "--output", "wide.png")
     refused((status, out, err), "some/wide.png: is 12 x 8 pixels", "--size 8")
