@@ -51,8 +51,9 @@ ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on
     "ema_head_start": whole(),
     "version": text(),
 }
-LAYOUTS = ("mean", "deviation", "layout_mean", "layout_factors", "layout_rest")
-BASE = {"strength": number(0, 1), "cells": whole(1, 64)} | dict.fromkeys(LAYOUTS, dense())
+BASE = {"strength": number(0, 1), "cells": whole(1, 64)} | dict.fromkeys(("mean", "deviation", "layouts"), dense())
+# From which a base once drew its layouts: now `Base.can_sample` says no.
+GONE = ("power", "layout_mean", "layout_factors", "layout_rest")
 
 
 @dataclass
@@ -113,18 +114,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _base_of(tree: Any, spec: LatentSpec) -> Base:
     """The base of a checkpoint's tree, of the shapes that the latents give it; Mismatch where it cannot be one."""
-    if isinstance(tree, dict):  # "power", from which a base once drew its layouts: now `Base.can_sample` says no
-        tree = {name: value for name, value in tree.items() if name != "power"}
+    if isinstance(tree, dict):
+        tree = {name: value for name, value in tree.items() if name not in GONE}
     base = made_of(Base, BASE, tree, "base")
     if not base.strength:
         return Base()
     squares: tuple[int, ...] = tuple(side // base.cells for side in spec.space)
     per_style: tuple[int, ...] = (len(spec.styles), spec.channels)
     expected = {"mean": per_style, "deviation": per_style}
-    if base.layout_mean.numel():
-        rank = base.layout_factors.shape[1] if base.layout_factors.ndim > 1 else 1
-        expected |= dict.fromkeys(("layout_mean", "layout_rest"), (*per_style, *squares))
-        expected["layout_factors"] = (per_style[0], rank, per_style[1], *squares)
+    if base.layouts.numel():
+        count = base.layouts.shape[1] if base.layouts.ndim > 1 else 1
+        expected["layouts"] = (per_style[0], count, per_style[1], *squares)
     for name, shape in expected.items():
         if getattr(base, name).shape != shape:
             raise Mismatch(f"base.{name}", tuple(getattr(base, name).shape), f"of shape {shape}")

@@ -158,10 +158,10 @@ class Pipeline:
         with self._fit_for(settings):
             return transfer.generate(self, inverted, *self._styles(_count(inverted.state), source, target), settings)
 
-    def sample(self, noise: Tensor, layout: Tensor, style: Tensor, settings: TransferSettings) -> Tensor:
-        """White noise (see `Base.sample` for both) -> standardised latents of styles (B,)."""
+    def sample(self, noise: Tensor, place: Tensor, style: Tensor, settings: TransferSettings) -> Tensor:
+        """White noise and places (see `Base.sample` for both) -> standardised latents of styles (B,)."""
         with self._fit_for(settings):
-            x0 = self.base.sample(noise, layout, style).to(self.device)
+            x0 = self.base.sample(noise, place, style).to(self.device)
             return transfer.sample(self, x0, style.to(self.device), settings)
 
     def undo(self, done: Transfer, source: Style, target: Style, settings: TransferSettings) -> tuple[State, State]:

@@ -122,6 +122,17 @@ def test_folder_benchmark_measures_a_folder_of_mixed_sizes(studio):
 
 
 @pytest.mark.slow
+def test_generation_benchmark_sets_samples_beside_real_latents(studio):
+    flags = ["--checkpoint", CHECKPOINT, "--store", "latents", "--pictures", "8"]
+    done = call(studio, "benchmarks/generation.py", *flags)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["real"] < min(figures["drawn"], figures["training"]), "one step of training draws no pictures"
+    other = call(studio, "benchmarks/generation.py", *flags[:-1], "3")
+    refused((other.returncode, other.stdout, other.stderr), "--pictures 3: must be 4 or more")
+
+
+@pytest.mark.slow
 def test_sample_benchmark_compares_one_process_with_two(studio):
     flags = ["--num_samples", "4", "--batch_size", "2", "--num_steps", "2", "--cfg_scale", "2", "--rounds", "1"]
     done = call(studio, "benchmarks/sample.py", "--checkpoint", CHECKPOINT, *flags)

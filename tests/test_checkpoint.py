@@ -19,9 +19,7 @@ from isonext.errors import UserError
 from isonext.flow.base import Base
 from isonext.training.state import EMA
 
-BASE = Base(
-    0.8, 2, *(torch.ones(shape) for shape in ((2, 12), (2, 12), (2, 12, 2, 2), (2, 3, 12, 2, 2), (2, 12, 2, 2)))
-)
+BASE = Base(0.8, 2, *(torch.ones(shape) for shape in ((2, 12), (2, 12), (2, 3, 12, 2, 2))))
 SPEC = LatentSpec("dct:f4c12", 12, 4, 16, ["ink", "oil"], mean=[0.5] * 12, std=[2.0] * 12)
 
 

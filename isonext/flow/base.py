@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RANK = 64  # factors of a style's layouts
-LAYOUT_NUMBERS = 2**22  # of all styles together, at most: 16 MB of a checkpoint
+LAYOUTS = 1024  # a style, at most
+LAYOUT_NUMBERS = 2**22  # of all styles together, at most: 8 MB of a checkpoint, in float16
 
 
 def low_band(x: Tensor, cells: int) -> Tensor:
@@ -36,12 +36,8 @@ class Base:
     cells: int = 1  # side of a square, in latent cells
     mean: Tensor = field(default_factory=lambda: torch.empty(0))  # (styles, C) of the low band
     deviation: Tensor = field(default_factory=lambda: torch.empty(0))  # (styles, C)
-    # What S looks like in each style, for generation: a Gaussian over its D = C (h // cells) (w // cells) numbers.
-    layout_mean: Tensor = field(default_factory=lambda: torch.empty(0))  # (styles, C, h // cells, w // cells)
-    layout_factors: Tensor = field(default_factory=lambda: torch.empty(0))  # (styles, rank, C, ...): their covariance
-    layout_rest: Tensor = field(
-        default_factory=lambda: torch.empty(0)
-    )  # (styles, C, ...): deviation beyond the factors
+    # S of some training pictures of each style (styles, n, C, h // cells, w // cells) float16, for generation.
+    layouts: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def structure(self, x1: Tensor, style: Tensor) -> Tensor:
         """S of latents (B, C, h, w) of styles (B,): (B, C, h // cells, w // cells)."""
@@ -63,26 +59,23 @@ class Base:
         return x1 - F.pad(low, self._border(x1, low))
 
     @property
-    def layout_numbers(self) -> int:
-        """How many numbers of white noise `sample` needs for the layout of one picture."""
-        return self.layout_factors.shape[1] + self.layout_mean[0].numel() if self.can_sample and self.strength else 0
-
-    @property
     def can_sample(self) -> bool:
-        """Whether there is a Gaussian of layouts; a base saved before there was one goes with pictures alone."""
-        return not self.strength or self.layout_mean.numel() > 0
+        """Whether there are layouts; a base saved before there were goes with pictures alone."""
+        return not self.strength or self.layouts.numel() > 0
 
-    def sample(self, noise: Tensor, layout: Tensor, style: Tensor) -> Tensor:
-        """An x0 (B, C, h, w) that goes with no picture, for generation: S is drawn from its style's Gaussian.
+    def sample(self, noise: Tensor, place: Tensor, style: Tensor) -> Tensor:
+        """An x0 (B, C, h, w) that goes with no picture, for generation: with the layout of some training picture.
 
-        noise, layout: white, independent, of the shapes of x0 and (B, layout_numbers); style (B,); h and w are those
-        that the base was fitted to.
+        A Gaussian of S has its mean and its covariance, and yet none of its pictures: they differ in kind more than a
+        Gaussian's draws do, and what the flow makes of those has no shape.
+
+        noise: white, of the shape of x0; place (B,) in [0, 1): which of the layouts; style (B,); h and w are those that
+        the base was fitted to.
         """
         if not self.strength:
             return noise
-        mean, factors, rest = (part[style] for part in (self.layout_mean, self.layout_factors, self.layout_rest))
-        weights, own = layout[:, : factors.shape[1]], layout[:, factors.shape[1] :].view_as(mean)
-        return self._with_low_band(noise, mean + torch.einsum("bk,bkchw->bchw", weights, factors) + rest * own)
+        number = (place * self.layouts.shape[1]).long()
+        return self._with_low_band(noise, self.layouts[style, number].float())
 
     def _with_low_band(self, noise: Tensor, structure: Tensor) -> Tensor:
         """A border that no whole square covers stays noise."""
@@ -104,7 +97,7 @@ def fit_base(
     strength: float,
     cells: int,
 ) -> Base:
-    """Mean and spread of the low bands of each style, and the Gaussian of their S; white noise at strength 0."""
+    """Mean and spread of the low bands of each style, and some layouts; white noise at strength 0."""
     if not strength:
         return Base()
     lows = [low_band(latents(style), cells) for style in range(num_styles)]  # (n, C, h', w')
@@ -112,24 +105,12 @@ def fit_base(
     deviation = torch.stack([low.double().std((0, 2, 3), correction=0) for low in lows])
     deviation = deviation.clamp_min(1e-3)  # a constant channel has no spread that could be made 1
     structures = [(low - m[:, None, None]) / d[:, None, None] for low, m, d in zip(lows, mean, deviation, strict=True)]
-    rank = max(1, min(RANK, LAYOUT_NUMBERS // (num_styles * structures[0][0].numel())))
-    layouts = [torch.stack(parts) for parts in zip(*(fit_layout(s, rank) for s in structures), strict=True)]
-    return Base(strength, cells, mean.float(), deviation.float(), *(part.float() for part in layouts))
+    most = LAYOUT_NUMBERS // (num_styles * structures[0][0].numel())
+    count = max(1, min(LAYOUTS, most, max(map(len, structures))))
+    layouts = torch.stack([spread_out(structure, count) for structure in structures])
+    return Base(strength, cells, mean.float(), deviation.float(), layouts.half())
 
 
-def fit_layout(structures: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gaussian of S (n, C, h', w'): its mean (C, h', w'), `rank` factors (rank, C, h', w') and the deviation beyond
-    them (C, h', w'), so that mean, variance of every number, and the covariance's largest part are those of S.
-
-    Factors are principal components, each as long as S is spread along it (Tipping & Bishop, J. R. Stat. Soc. B 61(3),
-    1999, but with a deviation a number).
-    """
-    mean = structures.mean(0)
-    rows = (structures - mean).flatten(1) / max(1, len(structures) - 1) ** 0.5  # covariance = rows.T @ rows
-    factors = torch.zeros(rank, rows.shape[1], dtype=rows.dtype)
-    strongest = min(rank, len(rows))
-    # The n x n matrix has the same spectrum as the D x D one, and there may be far more numbers than pictures.
-    vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -strongest:]
-    factors[:strongest] = vectors.T @ rows
-    rest = (rows.square().sum(0) - factors.square().sum(0)).clamp_min(0).sqrt()
-    return mean, factors.view(rank, *mean.shape), rest.view_as(mean)
+def spread_out(rows: Tensor, count: int) -> Tensor:
+    """`count` of the rows (n, ...), evenly spaced; where there are fewer, each as often as any other to within one."""
+    return rows[torch.arange(count) * len(rows) // count]

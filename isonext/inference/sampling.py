@@ -153,11 +153,11 @@ def sample_batches(
 
 
 def draw_noise(pipeline: Pipeline, seed: int, numbers: list[int]) -> tuple[Tensor, Tensor]:
-    """White noise for the latents (B, C, *space) and for the layouts of an anchored base, each sample's its own."""
-    shape, layout = (pipeline.spec.channels, *pipeline.spec.space), (pipeline.base.layout_numbers,)
+    """White noise (B, C, *space), and places (B,) among the layouts of an anchored base, each sample's its own."""
+    shape = (pipeline.spec.channels, *pipeline.spec.space)
     generators = [seeded(seed, "sample", number) for number in numbers]
-    noises, layouts = ([torch.randn(sides, generator=g) for g in generators] for sides in (shape, layout))
-    return torch.stack(noises), torch.stack(layouts)
+    noises = [torch.randn(shape, generator=generator) for generator in generators]
+    return torch.stack(noises), torch.cat([torch.rand(1, generator=generator) for generator in generators])
 
 
 #################################################################################

@@ -150,4 +150,4 @@ def draw_preview(pipeline: Pipeline, split: LatentSplit, settings: TransferSetti
         moved = pipeline.transfer(latents, sources.to(pipeline.device), target, settings)
         columns.append(pipeline.decode(moved.latents, spec.image_size, spec.image_size))
     rows = [[images.to_picture(pixels) for pixels in row] for row in zip(*columns, strict=True)]
-    return images.contact_sheet(rows, ["held-out picture", *(f"as {style}" for style in styles)])
+    return images.contact_sheet(rows, ["held out", *(f"as {style}" for style in styles)])

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isonext.flow.base import Base, fit_base, fit_layout, low_band
+from isonext.flow import base as base_module
+from isonext.flow.base import Base, fit_base, low_band, spread_out
 from isonext.flow.loss import pair_noise
 
 STYLES = torch.tensor([0, 1, 0])
@@ -121,10 +122,14 @@ def laid_out(style: int, count: int = 2000, seed: int = 3) -> torch.Tensor:
     return strength * layout + 0.5 * white(count, 2, 8, 8, seed=seed + 10 + style)
 
 
+def places(count: int) -> torch.Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(7))
+
+
 def drawn_and_real(style: int, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
     """Low bands (n, 2, 4, 4) of x0 that are drawn, and of those of pictures that the base was not fitted to."""
     base, styles = fit_base(laid_out, 2, 0.8, 2), torch.full((count,), style)
-    drawn = base.sample(white(count, 2, 8, 8, seed=6), white(count, base.layout_numbers, seed=7), styles)
+    drawn = base.sample(white(count, 2, 8, 8, seed=6), places(count), styles)
     real = base.x0(white(count, 2, 8, 8, seed=8), laid_out(style, count, seed=50), styles)
     return low_band(drawn, 2), low_band(real, 2)
 
@@ -158,29 +163,31 @@ def test_samples_of_a_style_have_its_layout():
 
 def test_a_sample_has_nothing_but_its_low_band_changed(fitted):
     noise, style = white(50, 3, 8, 8, seed=6), torch.zeros(50, dtype=torch.int64)
-    moved = fitted.sample(noise, white(50, fitted.layout_numbers, seed=7), style) - noise
+    moved = fitted.sample(noise, places(50), style) - noise
     assert moved[..., 0, 0].allclose(moved[..., 1, 1], atol=1e-5) and moved.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_few_pictures_have_a_gaussian_too(count):
-    structures = white(count, 2, 4, 4, seed=1).double()
-    mean, factors, rest = fit_layout(structures, 64)
-    assert torch.equal(mean, structures.mean(0))
-    covariance = factors.flatten(1).T @ factors.flatten(1)
-    expected = torch.cov(structures.flatten(1).T) if count > 1 else torch.zeros(32, 32).double()
-    torch.testing.assert_close(covariance, expected, atol=1e-9, rtol=0)
-    assert rest.abs().max() < 1e-6  # nothing is left beyond count - 1 factors
+def test_a_sample_has_the_layout_at_its_place_and_noise_beside_it():
+    base, noise, style = (
+        fit_base(lambda style: laid_out(style, 4), 2, 0.8, 2),
+        white(3, 2, 8, 8),
+        torch.tensor([0, 1, 1]),
+    )
+    made = low_band(base.sample(noise, torch.tensor([0.0, 0.74, 0.999]), style), 2)
+    chosen = torch.stack([base.structure(laid_out(s, 4), torch.full((4,), s))[n] for s, n in ((0, 0), (1, 2), (1, 3))])
+    expected = 0.8 * chosen + 0.6 * low_band(noise, 2)
+    torch.testing.assert_close(made, expected, atol=2e-3, rtol=0)  # layouts are float16: 3 of 2^-11
 
 
-def test_beyond_its_rank_a_layout_keeps_the_variance_of_every_number():
-    structures = white(500, 2, 4, 4, seed=1).double()
-    _, factors, rest = fit_layout(structures, 3)
-    variance = factors.square().sum(0) + rest.square()
-    torch.testing.assert_close(variance, structures.var(0), atol=1e-9, rtol=0)
-    values = torch.linalg.eigvalsh(torch.cov(structures.flatten(1).T)).flip(0)
-    lengths = factors.flatten(1).square().sum(1).sort(descending=True).values
-    torch.testing.assert_close(lengths, values[:3], atol=1e-9, rtol=0)
+def test_of_a_small_style_each_layout_is_there_as_often_as_any_other():
+    counts = spread_out(torch.arange(3), 8).bincount()
+    assert counts.tolist() == [3, 3, 2] and spread_out(torch.arange(9), 3).tolist() == [0, 3, 6]
+
+
+def test_layouts_are_as_many_as_pictures_and_never_too_many_numbers(monkeypatch):
+    assert fit_base(lambda style: white(3 + style, 2, 4, 4), 2, 0.8, 2).layouts.shape == (2, 4, 2, 2, 2)
+    monkeypatch.setattr(base_module, "LAYOUT_NUMBERS", 2 * 3 * 8)  # of two styles, 8 numbers each
+    assert fit_base(lambda style: white(9, 2, 4, 4), 2, 0.8, 2).layouts.shape == (2, 3, 2, 2, 2)
 
 
 #################################################################################

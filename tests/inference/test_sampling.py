@@ -145,10 +145,10 @@ def test_it_makes_what_the_flow_makes(within, studio):
     pipeline, config = load_pipeline(studio / CHECKPOINT, torch.device("cpu"))
     pipeline.bf16 = False
     noise = torch.randn(12, 8, 8, generator=(generator := seeded(4, "sample", 1)))
-    layout = torch.randn(pipeline.base.layout_numbers, generator=generator)
+    place = torch.rand(1, generator=generator)
     how = TransferSettings(num_steps=3, cfg_scale=2.0, guidance="null", cfg_interval=config.inference.cfg_interval)
     style = torch.tensor([1])
-    made = sample(pipeline, pipeline.base.sample(noise[None], layout[None], style), style, how)
+    made = sample(pipeline, pipeline.base.sample(noise[None], place, style), style, how)
     expected = pipeline.decode(made, 32, 32)[0].clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0)
     assert np.array_equal(np.asarray(Image.open(studio / "u" / "warm_001.png")), expected.numpy().astype(np.uint8))
 
