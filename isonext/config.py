@@ -213,6 +213,8 @@ def config_to_dict(config: Config) -> dict:
 
 
 def _read_json(path: Path) -> dict:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: not a JSON text file, but a pipe or a device")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

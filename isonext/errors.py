@@ -18,13 +18,15 @@ class UserError(Exception):
 
 
 class WriteError(UserError, OSError):
-    """A file that could not be written; `strerror` is the reason alone."""
+    """A file that could not be written; `strerror` is the reason alone, `errno` the system's number if it has one."""
 
-    def __init__(self, path: str | os.PathLike, reason: str) -> None:
-        super().__init__(
-            f"{path}: could not be written ({reason}); make room, or choose another place, and run it again"
-        )
-        self.strerror = reason
+    def __init__(self, path: str | os.PathLike, reason: str, number: int | None = None) -> None:
+        self.line = f"{path}: could not be written ({reason}); make room, or choose another place, and run it again"
+        super().__init__(self.line)
+        self.strerror, self.errno = reason, number
+
+    def __str__(self) -> str:  # an OSError's would be made of its number and reason
+        return self.line
 
 
 def brief(value: Any) -> str:

@@ -61,7 +61,7 @@ def _installed() -> dict[str, str]:
 
 
 READABLE = _installed()  # suffix -> format
-FORMATS = sorted(set(READABLE.values()))
+FORMATS = sorted({*READABLE.values(), "DIB"})  # what .dib and some .bmp hold
 
 
 class BadPicture(UserError):

@@ -189,6 +189,8 @@ def read_meta(root: Path) -> StoreMeta | None:
     path = root / "meta.json"
     if not path.exists():
         return None
+    if not path.is_file():
+        raise UserError(f"{path}: not a file; use another data.data_root")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:

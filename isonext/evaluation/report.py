@@ -57,6 +57,8 @@ SWEEP = (
 )
 COMPARED = (("style success less the first", "style_success"), ("SSIM less the first", "ssim_to_source"))
 
+FILES = ("metrics.json", "report.md", "front.png")  # that a report may consist of, beside its sheets
+
 
 def report_text(evaluator: Evaluator, results: list[Evaluation]) -> str:
     """Markdown: for one evaluation every figure by direction, for several the means over directions, a line each."""

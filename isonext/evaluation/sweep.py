@@ -12,7 +12,7 @@ from isonext.errors import UserError
 from isonext.evaluation.evaluator import Evaluator, Pictures, encode_styles, load_styles
 from isonext.evaluation.options import EvaluateOptions, swept_combinations
 from isonext.evaluation.perceptual import Perceptual
-from isonext.evaluation.report import report_text, write_report
+from isonext.evaluation.report import FILES, report_text, write_report
 from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline, load_pipeline, transfer_settings
 from isonext.utils.device import pick_device
@@ -35,7 +35,7 @@ def evaluate(options: EvaluateOptions) -> int:
     refuse_several("evaluate.py")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be 1 or more")
-    check_output(options.output)
+    check_output(options.output, *FILES)
     runs = load_runs(options)
     skipped: list[str] = []
     evaluator = load_evaluator(options, runs[0], skipped)

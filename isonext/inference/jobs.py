@@ -1,5 +1,6 @@
 """What inference.py does: pictures transferred, a kept structure in other styles, the original of one back."""
 
+import contextlib
 import math
 import os
 import time
@@ -43,7 +44,7 @@ from isonext.inference.structure_file import (
 )
 from isonext.utils import distributed
 from isonext.utils.device import deterministic
-from isonext.utils.io import in_background
+from isonext.utils.io import check_output, in_background
 
 RECORD = "transfers.json"  # in the folder of results
 
@@ -62,20 +63,23 @@ def transfer_pictures(options: TransferOptions) -> int:
     jobs = find_jobs(options.input, options.output, left_out)
     # What is left to do is seen before anybody does it.
     todo = distributed.from_main(
-        [job for job in jobs if options.overwrite or not is_folder or not os.path.exists(job.output)]
+        [job for job in jobs if options.overwrite or not is_folder or not os.path.isfile(job.output)]
     )
     plan = plan_transfer(options)
     refuse_collisions(jobs, plan)
-    if is_folder and distributed.is_main():
-        remember(options, plan, jobs)
     skipped: list[str] | None = [] if is_folder else None
-    batches = read_batches(todo, options, plan, skipped)
-    started = time.perf_counter()
-    with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
-        report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()), skipped)
-    report.skipped = sorted(skipped or ())
-    report = combine_reports(report, plan)
-    seconds = time.perf_counter() - started
+    if is_folder:
+        check_output(options.output)
+    with distributed.folder_lock(options.output) if is_folder else contextlib.nullcontext():
+        if is_folder and distributed.is_main():
+            remember(options, plan, jobs)
+        batches = read_batches(todo, options, plan, skipped)
+        started = time.perf_counter()
+        with deterministic(plan.pipeline.device, options.certify or options.save_structure is not None):
+            report = transfer_batches(batches, plan, math.ceil(len(todo) / distributed.world()), skipped)
+        report.skipped = sorted(skipped or ())
+        report = combine_reports(report, plan)
+        seconds = time.perf_counter() - started
 
     print_plan(plan)
     present = f", {len(jobs) - len(todo)} were there already" if len(todo) < len(jobs) else ""

@@ -31,13 +31,13 @@ def keep_record(
     Those that --overwrite is to replace go first: a run that is killed must not leave two kinds of them.
     """
     before = _read_record(path)
-    other = before and next((name for name in record if name in before and before[name] != record[name]), None)
+    other = before and next((name for name in record if before.get(name) != record[name]), None)
     if before is None or other:
         left = [result for result in present if not overwrite or result not in replaced]
         if left:
             why = "and no record of what made it"
             if before and other:
-                why = f"made with {other} {_short(before[other])}, not {_short(record[other])}"
+                why = f"made with {other} {_short(before.get(other))}, not {_short(record[other])}"
             way_out = "give another folder" if overwrite else "give another folder, or --overwrite"
             raise UserError(f"--output {path.parent}: holds {min(left).relative_to(path.parent)}, {why}; {way_out}")
         for result in present:
@@ -53,8 +53,8 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: damaged: it should say what made the pictures here; give another --output")
+    if not isinstance(record, dict) or "checkpoint" not in record:
+        raise UserError(f"{path}: damaged, or no record of what made the pictures here; give another --output")
     return record
 
 

@@ -65,6 +65,9 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
 
 def _outcome(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> tuple[int, str]:
     """The exit status, and the line for stderr if there is one."""
+    for name, value in vars(args).items():
+        if "\0" in str(value):
+            return 2, f"error: --{name}: holds a NUL character, which no name has"
     try:
         status = main(args) or 0
         sys.stdout.flush()

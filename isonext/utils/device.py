@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it has no memory, and so no pictures")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = first_line(error)
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from None
     return device

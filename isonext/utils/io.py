@@ -45,7 +45,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except Exception as error:
         if isinstance(error, UserError) or (reason := _why_unwritten(error)) is None:
             raise
-        raise WriteError(path, reason) from error
+        raise WriteError(path, reason, getattr(error, "errno", None)) from error
     finally:
         with contextlib.suppress(OSError):  # where its folder could not be made there is none
             beside.unlink(missing_ok=True)
@@ -62,8 +62,14 @@ def _why_unwritten(error: Exception) -> str | None:
     return None
 
 
-def check_output(folder: Path) -> None:
-    """UserError where files cannot be written to `folder`, before the work for them is done; makes nothing."""
+def check_output(folder: Path, *names: str) -> None:
+    """UserError where files, of these names, cannot be written to `folder`, before the work for them is done; makes
+    nothing."""
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{folder}: is a link that leads nowhere; give another folder for the output")
+    for name in names:
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name}: is a folder, where a file is to be written; give another folder")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{folder}: {there} is a file; give a folder for the output")
@@ -121,6 +127,8 @@ def load_data(path: str | Path, what: str, foreign: bool = False) -> Any:
         raise UserError(f"{path}: is a folder, not a {what}")
     if not path.exists():
         raise UserError(f"{path}: no such {what}")
+    if not path.is_file():
+        raise UserError(f"{path}: not a {what}, but a pipe or a device")
     try:
         if not (foreign and _is_of_old_format(path)):
             _check_sums(path, what)

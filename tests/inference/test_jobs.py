@@ -20,6 +20,7 @@ from isonext.evaluation.metrics import ssim
 from isonext.flow.solvers import LATTICE
 from isonext.inference import jobs, plan, structure_file
 from isonext.pipeline import Pipeline, load_pipeline
+from isonext.utils.io import folder_lock, written_whole
 
 FROM_COLD = ("--checkpoint", CHECKPOINT, "--source_style", "cold")
 TO_WARM = (*FROM_COLD, "--target_style", "warm")
@@ -937,3 +938,30 @@ def test_a_run_that_is_killed_under_other_settings_leaves_no_mixture(infer, tmp_
         assert infer(*flags, "--strength", "0.5", "--overwrite")[0] == 1
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["transfers.json"]
     assert "4 made" in out_of(infer(*flags, "--strength", "0.5"))
+
+
+def test_a_disk_that_fills_up_under_a_result_ends_a_folder(infer, tmp_path, album, monkeypatch):
+    def full(picture, path):
+        with written_whole(path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jobs.images, "save_picture", full)
+    flags = (*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out", "--batch_size", "1")
+    refused(infer(*flags), "could not be written (No space left on device)")
+
+
+def test_one_run_at_a_time_makes_a_folder_and_a_folder_in_the_way_is_no_result(infer, tmp_path, album):
+    (album / "bad.png").unlink()
+    flags = (*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out")
+    with folder_lock(tmp_path / "out"):
+        refused(infer(*flags), "out: is in use by another run")
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    assert "3 made" in out_of(infer(*flags), 1)
+
+
+def test_a_record_of_another_program_is_not_written_over(infer, tmp_path, album):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "transfers.json").write_text('{"my": "notes"}')
+    result = infer(*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out", "--overwrite")
+    refused(result, "transfers.json: damaged, or no record of what made the pictures here")
+    assert (tmp_path / "out" / "transfers.json").read_text() == '{"my": "notes"}'

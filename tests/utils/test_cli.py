@@ -70,6 +70,16 @@ def test_memory_that_cannot_be_had_is_one_line_on_a_cpu_as_on_a_card(monkeypatch
     assert "out of memory" in line and "smaller --batch_size or --size" in line and line.count("\n") == 1
 
 
+def test_a_nul_in_a_flag_is_bad_input(monkeypatch, capsys):
+    assert ended(monkeypatch, None, "--set", "a=b") == 0
+    monkeypatch.setattr(sys, "argv", ["command", "--output", "a\0b"])
+    parser = cli.new_parser("a command")
+    parser.add_argument("--output")
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda args: 0, parser)
+    assert caught.value.code == 2 and "--output: holds a NUL" in capsys.readouterr().err
+
+
 def test_the_line_stays_one_where_a_name_has_two(monkeypatch, capsys):
     assert ended(monkeypatch, UserError("a\nb.png: no such picture")) == 2
     assert capsys.readouterr().err == "error: a b.png: no such picture\n"

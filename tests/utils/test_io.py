@@ -1,6 +1,8 @@
+import errno
 import io
 import os
 import pickle
+import shutil
 import signal
 import sys
 import zipfile
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from helpers import ROOT, call
+from isonext.config import load_config
+from isonext.data.store import read_meta
 from isonext.errors import UserError
 from isonext.utils.io import check_output, folder_lock, load_data, natural_order, remove_unfinished, written_whole
 
@@ -307,7 +311,33 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work_and_nothin
         with pytest.raises(UserError, match="file is a file; give a folder for the output"):
             check_output(output)
     check_output(tmp_path / "new" / "deep")
+    (tmp_path / "made" / "metrics.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"metrics\.json: is a folder, where a file is to be written"):
+        check_output(tmp_path / "made", "report.md", "metrics.json")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link: is a link that leads nowhere"):
+        check_output(tmp_path / "link")
+    shutil.rmtree(tmp_path / "made")
+    (tmp_path / "link").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="may not be written to"):
         check_output(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_pipe_or_a_device_is_no_file_to_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="not a checkpoint, but a pipe or a device"):
+            load_data(path, "checkpoint")
+        with pytest.raises(UserError, match="not a JSON text file, but a pipe or a device"):
+            load_config(path)
+    os.mkfifo(tmp_path / "meta.json")
+    with pytest.raises(UserError, match=r"meta\.json: not a file"):
+        read_meta(tmp_path)
+
+
+def test_what_the_disk_does_not_take_keeps_the_systems_number(tmp_path):
+    with pytest.raises(OSError) as caught, written_whole(tmp_path / "a.png"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.errno == errno.ENOSPC and isinstance(caught.value, UserError)
