@@ -314,12 +314,23 @@ def test_a_name_that_is_nowhere_is_one_line_with_both_ways_out(name):
     assert "\n" not in message
 
 
-def test_another_class_of_autoencoder_is_named_with_those_that_load(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("UNet2DConditionModel", r"no autoencoder of pictures that is known here: docs/autoencoders\.md lists those"),
+        (None, "no autoencoder of pictures that is known here"),
+        ("AutoencoderOobleck", "an autoencoder of sound"),
+        ("AutoencoderKLMochi", "an autoencoder of videos"),
+        ("ConsistencyDecoderVAE", "its decoder draws noise"),
+    ],
+)
+def test_a_class_that_is_not_taken_is_named_and_told_why(folders, tmp_path, kind, reason):
     folder = copy_of(folders / "AutoencoderKL", tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderDC"}))
-    with pytest.raises(UserError, match="its class is AutoencoderDC, not one of AutoencoderKL, AutoencoderTiny"):
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": kind}))
+    with pytest.raises(UserError, match=rf"its class is {kind}, {reason}") as caught:
         load_autoencoder(str(folder), CPU)
+    assert "\n" not in str(caught.value)
 
 
 def hub_error(kind, message="an error of the hub"):
@@ -356,10 +367,10 @@ def test_a_cached_repository_of_another_class_is_named(folders, monkeypatch):
     import diffusers
 
     monkeypatch.setattr(
-        diffusers.configuration_utils, "hf_hub_download", lambda *_, **__: str(folders / "AutoencoderDC.json")
+        diffusers.configuration_utils, "hf_hub_download", lambda *_, **__: str(folders / "Oobleck.json")
     )
-    (folders / "AutoencoderDC.json").write_text(json.dumps({"_class_name": "AutoencoderDC"}))
-    with pytest.raises(UserError, match=r"some/vae: does not load .*its class is AutoencoderDC, not one of"):
+    (folders / "Oobleck.json").write_text(json.dumps({"_class_name": "AutoencoderOobleck"}))
+    with pytest.raises(UserError, match=r"some/vae: does not load .*its class is AutoencoderOobleck, an autoencoder"):
         load_autoencoder("some/vae", CPU)
 
 
