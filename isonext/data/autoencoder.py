@@ -1,6 +1,6 @@
 """Picture tensor <-> latent: the VAEs of diffusers, and the built-in block-DCT that needs no weights.
 
-The VAEs are folders of diffusers or single files (`ldm_checkpoint.py`).
+The VAEs are folders of diffusers (`vae_folder.py`) or files (`ldm_checkpoint.py`, `taesd_pair.py`).
 
 Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), `digest` (what tells it from
 any other, wherever it lies), and
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isonext.data import ldm_checkpoint
+from isonext.data import ldm_checkpoint, taesd_pair
 from isonext.data.vae_folder import WAYS_OUT, load_folder
 from isonext.data.vae_rules import RULES, Rule, check_channels
 from isonext.errors import UserError, first_line
@@ -82,7 +82,7 @@ class DiffusersAutoencoder(nn.Module):
         self.name, self.device, self.bf16 = name, device, device.type == "cuda"
         self.pixels_at_once = PIXELS_AT_ONCE
         vae = _load_vae(name, download)
-        self.rule: Rule = RULES[type(vae).__name__]
+        self.rule: Rule = vae.rule if isinstance(vae, taesd_pair.TaesdPair) else RULES[type(vae).__name__]
         check_channels(name, self.rule, vae.config, WAYS_OUT)
         self.affine = self.rule.affine(name, vae)
         self.digest = weights_digest(vae.state_dict(), type(vae).__name__, *self.affine.settings())
@@ -183,7 +183,8 @@ class DiffusersAutoencoder(nn.Module):
 
 def _load_vae(name: str, download: bool) -> Any:
     if ldm_checkpoint.is_checkpoint(name):
-        return ldm_checkpoint.load_checkpoint(name)
+        weights = ldm_checkpoint.read_weights(name)
+        return taesd_pair.load(name, weights) if taesd_pair.is_half(weights) else ldm_checkpoint.build(weights, name)
     return load_folder(name, download)
 
 

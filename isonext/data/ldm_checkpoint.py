@@ -27,7 +27,7 @@ PARTS = ("first_stage_model.", "vae.")  # what the weights' names start with in 
 IGNORED = ("loss.", "foundation_model.", "linear_proj.")
 IGNORED_KEYS = ("model_ema.decay", "model_ema.num_updates")
 
-ADVICE = "give a whole checkpoint of a latent-diffusion AutoencoderKL or VA-VAE, or the folder of a diffusers one"
+ADVICE = "give a whole checkpoint of a latent-diffusion AutoencoderKL or VA-VAE, a TAESD's pair, or a diffusers folder"
 GROUPS = 32  # of every GroupNorm, in all of them; the only figure that the weights do not tell
 
 # Parts of a name in diffusers, and in latent diffusion. The levels of the decoder are numbered from the other end.
@@ -55,18 +55,14 @@ def is_checkpoint(name: str) -> bool:
     return path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
 
 
-def load_checkpoint(path: str | Path) -> "AutoencoderKL":
-    """The model in a checkpoint file, in float32. An unreadable file is a UserError, and so is all that `build` finds.
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Name -> weight of a checkpoint file; of a file that holds more than an autoencoder, those of its part alone.
 
-    A file of weights alone, or one with them under `state_dict`; nothing in it is run.
+    A file of weights alone, or one with them under `state_dict`; nothing in it is run. UserError if it is unreadable.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise UserError(f"autoencoder {path}: no such file; {ADVICE}")
-    return build(read_weights(Path(path)), path)
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """Name -> weight of a checkpoint file; of a file that holds more than an autoencoder, those of its part alone."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     tree = load_data(path, "VAE checkpoint", foreign=True)
@@ -104,16 +100,14 @@ def build(weights: dict[str, Tensor], path: str | Path) -> "AutoencoderKL":
     from diffusers import AutoencoderKL  # seconds to import, so only where it is used
 
     weights = {key: value for key, value in weights.items() if not _is_ignored(key)}
-    for key, value in weights.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"autoencoder {path}: {key} is no weight; {ADVICE}")
+    check_tensors(weights, path)
     config = read_architecture(weights, path)
     with torch.device("meta"):  # the weights below take the place of random ones, which would take seconds to draw
         vae: Any = AutoencoderKL(**config)
     state = vae.state_dict()
     keys = {ldm_name(key, len(config["block_out_channels"])): key for key in state}
-    _check_names(keys, weights, path)
-    converted = {key: _shaped(weights[name], state[key].shape, name, path) for name, key in keys.items()}
+    check_names(keys, weights, path)
+    converted = {key: shaped(weights[name], state[key].shape, name, path) for name, key in keys.items()}
     vae.load_state_dict(converted, assign=True)
     return vae
 
@@ -172,7 +166,14 @@ def _width(weights: dict[str, Tensor], bias: str, path: str | Path) -> int:
     return weights[bias].numel()
 
 
-def _check_names(known: dict[str, str], weights: dict[str, Tensor], path: str | Path) -> None:
+def check_tensors(weights: dict[str, Any], path: str | Path) -> None:
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"autoencoder {path}: {key} is no weight; {ADVICE}")
+
+
+def check_names(known: dict[str, str], weights: dict[str, Tensor], path: str | Path) -> None:
+    """UserError that names one of those that are missing among the weights, or of those that are not known."""
     missing = [name for name in known if name not in weights]
     extra = [key for key in weights if key not in known]
     for names, one, more in ((missing, "is missing", "are missing"), (extra, "is unknown", "are unknown")):
@@ -183,8 +184,8 @@ def _check_names(known: dict[str, str], weights: dict[str, Tensor], path: str | 
             raise UserError(f"autoencoder {path}: {found}; {ADVICE}")
 
 
-def _shaped(weight: Tensor, shape: torch.Size, name: str, path: str | Path) -> Tensor:
-    """In float32; attention's 1x1 convolutions become the matrices they are."""
+def shaped(weight: Tensor, shape: torch.Size, name: str, path: str | Path) -> Tensor:
+    """In float32; attention's 1x1 convolutions become the matrices they are. Another shape is a UserError."""
     if weight.shape not in (shape, (*shape, 1, 1)):
         raise UserError(f"autoencoder {path}: {name} has the shape {list(weight.shape)}, not {list(shape)}; {ADVICE}")
     return weight.reshape(shape).float()
