@@ -296,3 +296,9 @@ def _dct_kernels(factor: int, channels: int, colour_energy: tuple[float, ...]) -
     analysis = torch.einsum("kr,uvij->kuvrij", to_ycbcr, blocks).flatten(0, 2)[kept]
     synthesis = torch.einsum("rk,uvij->kuvrij", to_ycbcr.inverse(), blocks).flatten(0, 2)[kept]
     return analysis.float().contiguous(), synthesis.float().contiguous()
+
+
+if __name__ == "__main__":
+    from isonext.data.autoencoder_report import main
+
+    main()

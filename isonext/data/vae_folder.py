@@ -21,6 +21,7 @@ def load_folder(name: str, download: bool) -> Any:
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # without a network it would tell of every retry; the one line below tells the rest
+    diffusers.utils.logging.set_verbosity_error()  # it warns of keys that it wrote into the config itself
     warnings.filterwarnings("ignore", module="huggingface_hub")  # of its own use by diffusers
     try:
         part, config = _find_config(name, download)

@@ -1,12 +1,18 @@
 """Every picture autoencoder of diffusers: what the adapter makes of it, against its pipeline's arithmetic."""
 
+import functools
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers import ROOT, TINY, call_within, draw_styles
 from isonext.data.autoencoder import load_autoencoder, weights_digest
+from isonext.data.store import read_meta
 from isonext.data.vae_rules import REFUSED, RULES
 from isonext.errors import UserError
 from small_vaes import MEAN, SMALL, STD, save_small, small_vae
@@ -228,3 +234,148 @@ def test_the_factor_of_deep_models_is_found_by_larger_pictures(tmp_path, levels,
     }
     diffusers.AutoencoderKL(**sizes, **blocks).save_pretrained(tmp_path / "deep")
     assert load_autoencoder(str(tmp_path / "deep"), CPU).factor == factor
+
+
+#################################################################################
+#                        From pictures to pictures and back                     #
+#################################################################################
+
+
+def pixels_of(path) -> Tensor:
+    return (torch.tensor(np.array(Image.open(path))) / 127.5 - 1).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("name", ["DC", "Flux2", "Qwen", "Wan", "RAE", "fp16"])
+def test_pictures_are_encoded_trained_on_transferred_certified_and_restored(tmp_path, name):
+    draw_styles(tmp_path / "raw_data", 12)
+    kind, vae = (name, small_vae(name)) if name in SMALL else ("KL", small_vae("KL").half())
+    vae.save_pretrained(tmp_path / "vae", variant="fp16" if name == "fp16" else None)
+    vae = vae.float()
+    data = {"image_size": 32, "val_fraction": 0.0}  # validation trains a classifier
+    training = TINY["training"] | {"stage1_epochs": 1}
+    config = TINY | {"autoencoder": {"name": "vae"}, "data": data, "training": training}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    status, out, err = call_within(tmp_path, "preprocess_latents", "--device", "cpu")
+    assert status == 0 and "latents: 24 encoded, 0 kept, 0 removed" in out, err
+    spec = read_meta(tmp_path / "latents").latents
+    assert (spec.channels, spec.factor) == SMALL[kind][2][:2]
+    picture = pixels_of(tmp_path / "raw_data/cold/000.png")
+    with torch.inference_mode():
+        expected = LATENTS[kind](vae, picture)
+        rebuilt = PICTURES[kind](vae, expected)
+    stored = torch.load(tmp_path / "latents/cold/000.png.pt", weights_only=True)["latent"]
+    torch.testing.assert_close(stored[None], expected, rtol=1e-4, atol=1e-5)
+
+    assert call_within(tmp_path, "train")[0] == 0
+    run = ("--checkpoint", "checkpoints/stage1_epoch1.pt", "--device", "cpu")
+    styles = ("--source_style", "cold", "--target_style", "warm", "--certify", "--save_structure", "s.safetensors")
+    files = ("--input", "raw_data/cold/000.png", "--output", "out.png")
+    status, out, err = call_within(tmp_path, "inference", *run, *styles, *files)
+    assert status == 0 and "0 of" in out + err, out + err
+    assert Image.open(tmp_path / "out.png").size == (32, 32)
+    status, out, err = call_within(tmp_path, "inference", *run, "--restore", "s.safetensors", "--output", "back.png")
+    assert status == 0, out + err
+    # 8 bits, and what standardising and the lattice of 2^-20 round
+    torch.testing.assert_close(pixels_of(tmp_path / "back.png"), rebuilt.clamp(-1, 1), rtol=0, atol=1.1 / 127.5)
+
+
+#################################################################################
+#                        The table of docs/autoencoders.md                      #
+#################################################################################
+
+FOUR = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+UP = {"up_block_types": ("UpDecoderBlock2D",) * 4}
+PUBLISHED = {  # arguments of known weights, where the class's defaults are not those
+    "AsymmetricAutoencoderKL": {
+        "down_block_types": FOUR["down_block_types"],
+        "down_block_out_channels": (128, 256, 512, 512),
+        "layers_per_down_block": 2,
+        "up_block_out_channels": (192, 384, 768, 768),
+        "layers_per_up_block": 3,
+        **UP,
+    },
+    "AutoencoderKL": FOUR | UP,
+    "AutoencoderKLHunyuanImage": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 64,
+        "block_out_channels": (128, 256, 512, 512, 1024, 1024),
+        "layers_per_block": 2,
+        "spatial_compression_ratio": 32,
+        "sample_size": 384,
+        "scaling_factor": 0.75289,
+    },
+    "AutoencoderKLTemporalDecoder": FOUR | {"latent_channels": 4},
+    "VQModel": {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (128, 256, 512),
+        "layers_per_block": 2,
+        "num_vq_embeddings": 8192,
+        "scaling_factor": 0.18215,
+    },
+}
+
+
+@functools.cache
+def table_row(kind: str) -> list[str]:
+    """The cells that the class itself decides, of a 256-px picture: no number is computed, only shapes."""
+    import diffusers
+
+    rule = RULES[kind]
+    # Each fails on the other: numbers drawn while it is built, and a tensor made on the CPU while it runs.
+    with torch.device("meta") if kind == "AutoencoderRAE" else FakeTensorMode():
+        vae = getattr(diffusers, kind)(**PUBLISHED.get(kind, {})).eval()
+        x = torch.empty(1, 3 + rule.alpha, 256, 256)
+        x = x[:, :, None] if rule.time else x
+        encoded = getattr(vae.encode(x), rule.output)
+        z = encoded.mode() if rule.output == "latent_dist" else encoded
+        assert vae.decode(z, **rule.decode).sample.shape == x.shape
+    if hasattr(vae, "bn"):
+        vae.bn = torch.nn.BatchNorm2d(vae.bn.num_features, vae.bn.eps)
+    z = torch.nn.functional.pixel_unshuffle(z.squeeze(2) if rule.time else z, rule.pack)
+    kinds = (
+        ["one frame"] * rule.time + ["opacity"] * rule.alpha + [f"packed {rule.pack} x {rule.pack}"] * (rule.pack > 1)
+    )
+    output = f".{rule.output}" + (".mode()" if rule.output == "latent_dist" else "")
+    return [
+        f"`{kind}`",
+        " x ".join(map(str, z.shape[1:])),
+        "[0, 1]" if rule.unit else "[-1, 1]",
+        ", ".join([f"`{output}`", *kinds]),
+        f"`{rule.affine('the table', vae).text}`",
+    ]
+
+
+def rows_of(page: str, number: int) -> list[list[str]]:
+    """The cells of the page's table of this number."""
+    tables = [block for block in (ROOT / page).read_text(encoding="utf-8").split("\n\n") if "| ---" in block]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in tables[number].splitlines()[2:]]
+
+
+@pytest.mark.parametrize("page", ["docs/autoencoders.md", "docs/autoencoders_zh.md"])
+def test_the_page_has_a_row_a_class_with_what_diffusers_does_now(page):
+    with torch.inference_mode():
+        expected = [table_row(kind) for kind in RULES]
+    assert [row[:5] for row in rows_of(page, 1)] == expected, "\n" + "\n".join(
+        f"| {' | '.join(row)} |" for row in expected
+    )
+
+
+@pytest.mark.parametrize("page", ["docs/autoencoders.md", "docs/autoencoders_zh.md"])
+def test_the_page_names_every_other_class_with_why_it_is_refused(page):
+    rows = rows_of(page, 2)
+    assert [row[0] for row in rows] == [f"`{kind}`" for kind in REFUSED]
+    assert page.endswith("_zh.md") or [row[1] for row in rows] == list(REFUSED.values())
+
+
+def test_no_autoencoder_of_diffusers_is_forgotten():
+    import diffusers.models.autoencoders as theirs
+
+    kinds = {name for name, kind in vars(theirs).items() if hasattr(kind, "encode") and hasattr(kind, "decode")}
+    assert kinds == set(RULES) | set(REFUSED)
