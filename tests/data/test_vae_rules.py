@@ -2,6 +2,8 @@
 
 import functools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers import ROOT, TINY, call_within, draw_styles
+from helpers import ROOT, TINY, call_within, draw_styles, refused
 from isonext.data.autoencoder import load_autoencoder, weights_digest
-from isonext.data.store import read_meta
+from isonext.data.store import LatentSpec, read_meta
 from isonext.data.vae_rules import REFUSED, RULES
 from isonext.errors import UserError
+from isonext.pipeline import Pipeline
 from small_vaes import MEAN, SMALL, STD, save_small, small_vae
 
 CPU = torch.device("cpu")
@@ -278,6 +281,66 @@ def test_pictures_are_encoded_trained_on_transferred_certified_and_restored(tmp_
     assert status == 0, out + err
     # 8 bits, and what standardising and the lattice of 2^-20 round
     torch.testing.assert_close(pixels_of(tmp_path / "back.png"), rebuilt.clamp(-1, 1), rtol=0, atol=1.1 / 127.5)
+
+
+def test_a_size_that_an_autoencoder_does_not_take_is_refused_before_any_picture_is_read(tmp_path):
+    draw_styles(tmp_path / "raw_data", 1)
+    save_small("RAE", tmp_path / "vae")
+    (tmp_path / "config.json").write_text(
+        json.dumps(TINY | {"autoencoder": {"name": "vae"}, "data": {"image_size": 64}})
+    )
+    refused(
+        call_within(tmp_path, "preprocess_latents", "--device", "cpu"),
+        "--target_size 64: the autoencoder vae takes pictures of 32 px alone",
+    )
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_picture_of_another_size_is_refused_by_its_name_and_one_that_is_padded_to_it_is_not(folder):
+    codec = load_autoencoder(folder("RAE"), CPU)
+    spec = LatentSpec("RAE", 64, 8, 32, ["a"])
+    pipeline = Pipeline(SimpleNamespace(size=None), codec, spec, CPU, bf16=False)
+    pipeline.check_size(Path("a.png"), (31, 32))
+    with pytest.raises(
+        UserError, match=r"^b\.png: is 33 x 32 pixels, .*autoencoder takes 32 x 32 alone; .* --size 32$"
+    ):
+        pipeline.check_size(Path("b.png"), (33, 32))
+
+
+#################################################################################
+#                               Tiles and their seams                           #
+#################################################################################
+
+
+def without_a_view_of_the_whole(vae):
+    """The model with norms over the picture and attention as identities: all that is left looks a few cells around."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.GroupNorm) or "Attention" in type(module).__name__:
+            module.forward = lambda x, *_, **__: x
+    return vae
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [("DC", 384), ("KL with lists", 384), ("Flux2", 384), ("HunyuanImage", 384), ("Qwen 2.1", 384), ("Wan 2.2", 640)],
+)
+def test_what_looks_only_around_itself_does_not_notice_the_tiles(folder, name, tile):
+    codec = load_autoencoder(folder(name), CPU)
+    without_a_view_of_the_whole(codec.vae)
+    spec = LatentSpec(name, codec.channels, codec.factor, 256, ["a"], [0.0] * codec.channels, [1.0] * codec.channels)
+    pipeline = Pipeline(torch.nn.Identity(), codec, spec, CPU, bf16=False, tile=tile)
+    sides = []
+    for part, cell in (("encode", 1), ("decode", codec.factor)):
+        plain = getattr(codec, part)
+        setattr(codec, part, lambda x, plain=plain, cell=cell: sides.append(max(x.shape[2:]) * cell) or plain(x))
+    picture = noise(1, 3, tile + 125, 64)
+    latents = pipeline.encode(picture)
+    rebuilt = pipeline.decode(latents, tile + 125, 64)
+    assert len(sides) == 4 and max(sides) <= tile
+    pipeline.tile = None
+    torch.testing.assert_close(latents, pipeline.encode(picture), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(rebuilt, pipeline.decode(latents, tile + 125, 64), rtol=1e-3, atol=1e-4)
+    assert rebuilt.shape == picture.shape and rebuilt.std() > 1e-4
 
 
 #################################################################################
