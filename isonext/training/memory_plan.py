@@ -257,5 +257,5 @@ def _weight_bytes(codec: Autoencoder) -> int:
     """Of the autoencoder; a VAE counts from here on as on a card, in BF16."""
     assert isinstance(codec, torch.nn.Module)  # as all of them are
     if isinstance(codec, DiffusersAutoencoder):
-        codec.bf16 = True
+        codec.bf16_encode = codec.bf16_decode = True
     return sum(tensor.numel() * tensor.element_size() for tensor in (*codec.parameters(), *codec.buffers()))

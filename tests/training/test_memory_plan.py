@@ -235,7 +235,7 @@ def test_an_autoencoder_on_this_machine_says_its_latents_and_what_it_takes(
     lines = printed(changes | {"data.data_root": str(tmp_path / "none")}, vram=1e9)
     assert f"latents {latents} of 2 styles" in lines[0]
     codec = load_autoencoder(changes["autoencoder.name"], torch.device("cpu"))
-    codec.bf16 = True
+    codec.bf16_encode = True
     weights = 4 * sum(tensor.numel() for tensor in (*codec.parameters(), *codec.buffers()))
     encoding = (weights + call_bytes(lambda: codec.encode, (16, 3, side, side))) / 2**10
     said = next(line for line in lines if line.startswith("preprocessing, 16 at once"))
