@@ -118,11 +118,17 @@ class Pipeline:
         return pixels[..., :height, :width]
 
     def check_size(self, path: Path, size: tuple[int, int]) -> None:
-        """UserError where the network cannot take a picture of this width and height; IsoNext takes any."""
+        """UserError where the network or the autoencoder cannot take a picture of this width and height; IsoNext and
+        all autoencoders but one class take any."""
         cells, side = tuple(math.ceil(length / self.codec.factor) for length in size[::-1]), self.spec.image_size
+        only = None
         if self.model.size not in (None, cells):
+            only = "network (dit)"
+        elif self.codec.side and any(count * self.codec.factor != self.codec.side for count in cells):
+            only, side = "autoencoder", self.codec.side
+        if only:
             raise UserError(
-                f"{path}: is {size[0]} x {size[1]} pixels, but this checkpoint's network (dit) takes {side} x {side} "
+                f"{path}: is {size[0]} x {size[1]} pixels, but this checkpoint's {only} takes {side} x {side} "
                 f"alone; crop it to a square and give --size {side}"
             )
 

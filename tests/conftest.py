@@ -23,6 +23,7 @@ from PIL import Image
 
 from helpers import STUDIO, TINY, call, call_within, draw_styles
 from isonext.config import Config, config_from_dict
+from isonext.data import autoencoder
 from isonext.data.preprocess import preprocess
 
 
@@ -37,6 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread():
     """Tiny tensors are quickest on one thread, and sums then have one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32_autoencoders():
+    """Autoencoders on a CPU decode in float32, as on one without BF16: what is tested is not which CPU runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder, "has_bf16", lambda device: device.type != "cpu")
+        yield
 
 
 @pytest.fixture(scope="session")

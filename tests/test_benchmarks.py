@@ -5,6 +5,7 @@ import json
 import pytest
 
 from helpers import CHECKPOINT, ROOT, call, refused
+from small_vaes import save_small
 
 
 @pytest.mark.slow
@@ -152,3 +153,30 @@ def test_preprocess_benchmark_compares_with_the_bare_encoder(tmp_path):
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["pictures"] == 20 and {"bare_per_s", "nhwc_share", "device"} <= figures.keys()
     assert figures["whole_share"] == pytest.approx(figures["whole_per_s"] / figures["bare_per_s"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_autoencoder_benchmark_compares_the_ways_of_computing(tmp_path):
+    folder = str(save_small("Tiny", tmp_path / "vae"))
+    done = call(
+        tmp_path,
+        "benchmarks/autoencoder.py",
+        "--autoencoder",
+        folder,
+        "--sizes",
+        "32",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["before"] == figures["default"]["encode"] == "nhwc float32"
+    assert {"nchw float32", "nhwc float32", figures["default"]["decode"]} <= figures["32"].keys()
+    for way, row in figures["32"].items():
+        assert row["encode"] > 0 and row["decode"] > 0
+        assert row["both_db"] == pytest.approx(figures["32"]["nchw float32"]["both_db"], abs=0.1)
+        assert f"both {row['both_db']:6.2f} dB" in next(line for line in done.stdout.splitlines() if f" {way} " in line)
+    bad = call(tmp_path, "benchmarks/autoencoder.py", "--autoencoder", "dct")
+    assert bad.returncode == 2 and "has no weights" in bad.stderr and bad.stderr.count("\n") == 1

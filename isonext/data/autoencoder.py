@@ -1,6 +1,6 @@
 """Picture tensor <-> latent: the VAEs of diffusers, and the built-in block-DCT that needs no weights.
 
-The VAEs are folders of diffusers or single files (`ldm_checkpoint.py`).
+The VAEs are folders of diffusers (`vae_folder.py`) or files (`ldm_checkpoint.py`, `taesd_pair.py`).
 
 Both are modules with the same face: `name`, `channels`, `factor` (pixels a latent cell), `digest` (what tells it from
 any other, wherever it lies), and
@@ -13,26 +13,25 @@ Latents here are the autoencoder's own, with its shift and scale applied; `store
 
 import hashlib
 import itertools
-import json
 import math
 import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isonext.data import ldm_checkpoint
+from isonext.data import ldm_checkpoint, taesd_pair
+from isonext.data.vae_folder import WAYS_OUT, load_folder
+from isonext.data.vae_rules import RULES, Rule, check_channels
 from isonext.errors import UserError, first_line
-from isonext.utils.device import autocast, fitting
+from isonext.utils.device import autocast, fitting, has_bf16, is_out_of_memory
 
 PIXELS_AT_ONCE = 2**20  # that a VAE takes: 16 pictures of 256 px, 4 of 512 px, one of 1024 px
-WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
+PROBED = (32, 64, 128, 256)  # sides of the pictures that tell a VAE's factor: up to 128 there are two cells
 
 
 class Autoencoder(Protocol):
@@ -42,6 +41,7 @@ class Autoencoder(Protocol):
     channels: int
     factor: int
     digest: str
+    side: int | None  # of pictures, in pixels, where it takes one size alone
 
     def encode(self, pixels: Tensor) -> Tensor: ...
 
@@ -49,7 +49,7 @@ class Autoencoder(Protocol):
 
 
 def load_autoencoder(name: str, device: torch.device, download: bool = True) -> Autoencoder:
-    """A hub id or local folder of an AutoencoderKL or AutoencoderTiny, a checkpoint file, `dct`, or `dct:f4c12`.
+    """A hub id or local folder of a class in `vae_rules.RULES` or of a pipeline, a checkpoint file, `dct`, `dct:f4c12`.
 
     Without `download` a hub id must be in the cache.
     """
@@ -69,7 +69,8 @@ def weights_digest(weights: Mapping[str, Tensor], *settings: Any) -> str:
 
 
 class DiffusersAutoencoder(nn.Module):
-    """A pretrained VAE; encodes to the posterior mean. BF16 on CUDA, float32 elsewhere.
+    """A pretrained VAE of any class in `vae_rules.py`; encodes to the posterior's mode. BF16 on CUDA, and for
+    decoding on a CPU that has it; else float32.
 
     A batch goes through it in parts of at most `pixels_at_once`, or a picture; half as many where memory runs out. The
     result is that of the whole batch, up to the rounding of kernels that PyTorch chooses by the size of a batch.
@@ -79,55 +80,89 @@ class DiffusersAutoencoder(nn.Module):
 
     def __init__(self, name: str, device: torch.device, download: bool = True) -> None:
         super().__init__()
-        self.name, self.device, self.bf16 = name, device, device.type == "cuda"
+        self.name, self.device = name, device
+        card = device.type == "cuda"
+        self.bf16_encode = card  # on a CPU it is twice as fast, but costs smooth pictures more than 0.1 dB
+        self.bf16_decode = card or (device.type == "cpu" and has_bf16(device))
         self.pixels_at_once = PIXELS_AT_ONCE
         vae = _load_vae(name, download)
-        _check_config(name, vae.config)
-        self.scale = vae.config.scaling_factor
-        self.shift = vae.config.get("shift_factor") or 0.0
-        self.digest = weights_digest(vae.state_dict(), type(vae).__name__, self.scale, self.shift)
+        self.rule: Rule = vae.rule if isinstance(vae, taesd_pair.TaesdPair) else RULES[type(vae).__name__]
+        check_channels(name, self.rule, vae.config, WAYS_OUT)
+        self.affine = self.rule.affine(name, vae)
+        self.digest = weights_digest(vae.state_dict(), type(vae).__name__, *self.affine.settings())
+        shift, scale = (v.to(device) if isinstance(v, Tensor) else v for v in (self.affine.shift, self.affine.scale))
+        self.shift, self.scale = shift, scale
+        self.side = getattr(vae, self.rule.side) if self.rule.side else None
         self.vae = vae.to(device).eval().requires_grad_(False)
-        self.vae.to(memory_format=torch.channels_last)  # encodes 1.3 to 1.7 times as fast: benchmarks/preprocess.py
-        self.channels = self.vae.config.latent_channels
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if all(weight.dim() < 5 for weight in self.vae.parameters()):  # there is no such layout of 3-D convolutions
+            self.vae.to(memory_format=torch.channels_last)  # encodes 1.3 to 1.7 times as fast: benchmarks/preprocess.py
         self._probe()
 
     def _probe(self) -> None:
-        """UserError where a small grey picture does not go through: what does so later has cost hours by then."""
-        side = 4 * self.factor
+        """Learn channels and factor from a small grey picture. UserError where that does not go through, or comes back
+        in another size: what does so later has cost hours by then."""
         try:
-            latents = self.encode(torch.zeros(1, 3, side, side, device=self.device))
+            latents, side = self._encode_grey()
+            self.channels, self.factor = latents.shape[1], max(1, side // latents.shape[-1])
             pixels = self.decode(latents)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"autoencoder {self.name}: a picture does not go through ({first_line(error)})") from None
-        shapes = tuple(latents.shape[1:]), tuple(pixels.shape[1:])
-        if shapes != ((self.channels, 4, 4), (3, side, side)):
+        (cells, *other), drawn = latents.shape[2:], tuple(pixels.shape[1:])
+        if other != [cells] or side % cells or drawn != (3, side, side):
             raise UserError(
-                f"autoencoder {self.name}: makes latents of shape {shapes[0]} of {side} x {side} pixels, and a picture "
-                f"of shape {shapes[1]} of those: encoder and decoder do not fit; {WAYS_OUT}"
+                f"autoencoder {self.name}: makes latents of shape {tuple(latents.shape[1:])} of {side} x {side} "
+                f"pixels, and a picture of shape {drawn} of those: encoder and decoder do not fit; {WAYS_OUT}"
             )
         if not (latents.isfinite().all() and pixels.isfinite().all()):
             raise UserError(f"autoencoder {self.name}: makes no finite numbers of a grey picture; {WAYS_OUT}")
 
+    def _encode_grey(self) -> tuple[Tensor, int]:
+        """The latents of the first of these pictures that is more than one cell, and its side."""
+        for side in PROBED if self.side is None else (self.side,):
+            try:
+                latents = self.encode(torch.zeros(1, 3, side, side, device=self.device))
+            except (RuntimeError, ValueError) as error:
+                if side == PROBED[-1] or self.side or is_out_of_memory(error):
+                    raise
+                continue  # smaller than a cell
+            if latents.shape[-1] > 1:
+                break
+        return latents, side
+
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        return self._in_parts(self._encode, pixels, math.prod(pixels.shape[2:]))
+        height, width = pixels.shape[2:]
+        if self.side and (height, width) != (self.side, self.side):
+            alone = f"{self.side} x {self.side} pixels alone, not {width} x {height}"
+            raise UserError(f"autoencoder {self.name}: takes pictures of {alone}")
+        return self._in_parts(self._encode, pixels, height * width)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         return self._in_parts(self._decode, latents, math.prod(latents.shape[2:]) * self.factor**2)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        with autocast(self.device, self.bf16):
-            encoded = self.vae.encode(pixels)
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return ((latents.float() - self.shift) * self.scale).contiguous()
+        rule = self.rule
+        x = (pixels + 1) / 2 if rule.unit else pixels
+        x = F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0) if rule.alpha else x
+        with autocast(self.device, self.bf16_encode):
+            encoded = getattr(self.vae.encode(x.unsqueeze(2) if rule.time else x), rule.output)
+        z = (encoded.mode() if rule.output == "latent_dist" else encoded).float()
+        z = z.squeeze(2) if rule.time else z
+        z = F.pixel_unshuffle(z, rule.pack) if rule.pack > 1 else z
+        return ((z - self.shift) * self.scale).contiguous()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        with autocast(self.device, self.bf16):
-            return self.vae.decode(latents / self.scale + self.shift).sample.float()
+        rule = self.rule
+        z = latents / self.scale + self.shift
+        z = F.pixel_shuffle(z, rule.pack) if rule.pack > 1 else z
+        with autocast(self.device, self.bf16_decode):
+            pixels = self.vae.decode(z.unsqueeze(2) if rule.time else z, **rule.decode).sample.float()
+        pixels = pixels.squeeze(2) if rule.time else pixels
+        pixels = pixels[:, :3] if rule.alpha else pixels
+        return pixels * 2 - 1 if rule.unit else pixels
 
     def _in_parts(self, work: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
         """`work` on the rows of x, each of so many pixels, as many at once as fit."""
@@ -152,61 +187,9 @@ class DiffusersAutoencoder(nn.Module):
 
 def _load_vae(name: str, download: bool) -> Any:
     if ldm_checkpoint.is_checkpoint(name):
-        return ldm_checkpoint.load_checkpoint(name)
-    import diffusers  # seconds to import, so only where it is used
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # without a network it would tell of every retry; the one line below tells the rest
-    classes = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
-    warnings.filterwarnings("ignore", module="huggingface_hub")  # of its own use by diffusers
-    try:
-        class_name = diffusers.AutoencoderKL.load_config(name, local_files_only=not download).get("_class_name")
-        if class_name not in classes:
-            raise ValueError(f"its class is {class_name}, not one of {', '.join(classes)}")
-        options = {"output_loading_info": True, "local_files_only": not download}
-        vae, loading = classes[class_name].from_pretrained(name, **options)
-        if loading["missing_keys"]:  # diffusers would leave these random
-            raise ValueError(f"{len(loading['missing_keys'])} weights are missing, e.g. {loading['missing_keys'][0]}")
-        return vae
-    except Exception as error:  # diffusers lets many types out of a broken folder; the answer is the same
-        reason = (
-            f"this folder does not load ({first_line(error)})" if Path(name).exists() else _hub_reason(error, download)
-        )
-        raise UserError(f"autoencoder {name}: {reason}; {WAYS_OUT}") from None
-
-
-def _hub_reason(error: BaseException, download: bool) -> str:
-    """Why a name that is no local folder did not load: diffusers wraps the cause in a guess of its own."""
-    from huggingface_hub import errors
-
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    hub = "not in the cache, and the hub was not reached" if download else "and not in the cache"
-    for kind, reason in (
-        (errors.GatedRepoError, "is gated on the hub: accept its terms there, and log in by `hf auth login`"),
-        (errors.RepositoryNotFoundError, "no such local folder, and the hub has none, or it is private"),
-        (errors.HFValidationError, "no such local folder, and no name that the hub could have"),
-        (errors.LocalEntryNotFoundError, f"no such local folder, {hub}"),
-    ):
-        if any(isinstance(part, kind) for part in chain):
-            return reason
-    return f"does not load from the hub or its cache ({first_line(chain[-1])})"
-
-
-def _check_config(name: str, config: Any) -> None:
-    """UserError where it is no autoencoder of RGB pictures, or says no scale."""
-    for key in ("in_channels", "out_channels"):
-        if config[key] != 3:
-            raise UserError(f"autoencoder {name}: {key} is {config[key]}, but pictures have 3 channels; {WAYS_OUT}")
-    scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
-    for key, value in (("scaling_factor", scale), ("shift_factor", shift)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(
-                f"autoencoder {name}: {key} in its config.json is {json.dumps(value)}; write a number there"
-            )
-    if scale == 0:
-        raise UserError(f"autoencoder {name}: scaling_factor in its config.json is 0; write another number there")
+        weights = ldm_checkpoint.read_weights(name)
+        return taesd_pair.load(name, weights) if taesd_pair.is_half(weights) else ldm_checkpoint.build(weights, name)
+    return load_folder(name, download)
 
 
 #################################################################################
@@ -286,6 +269,7 @@ class DctCodec(nn.Module):
         self.factor, self.channels = int(spec[1] or 4), int(spec[2] or 12)
         if not (1 <= self.factor <= 64 and 1 <= self.channels <= 3 * self.factor**2):
             raise UserError(f"autoencoder {name}: f must be 1 to 64 and c 1 to 3 f^2 = {3 * self.factor**2}")
+        self.side: int | None = None
         self.name = f"dct:f{self.factor}c{self.channels}"
         self.digest = weights_digest({}, self.name)
         analysis, synthesis = _dct_kernels(self.factor, self.channels, self.COLOUR_ENERGY)
@@ -316,3 +300,9 @@ def _dct_kernels(factor: int, channels: int, colour_energy: tuple[float, ...]) -
     analysis = torch.einsum("kr,uvij->kuvrij", to_ycbcr, blocks).flatten(0, 2)[kept]
     synthesis = torch.einsum("rk,uvij->kuvrij", to_ycbcr.inverse(), blocks).flatten(0, 2)[kept]
     return analysis.float().contiguous(), synthesis.float().contiguous()
+
+
+if __name__ == "__main__":
+    from isonext.data.autoencoder_report import main
+
+    main()

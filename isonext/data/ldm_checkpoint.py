@@ -1,10 +1,12 @@
 """A checkpoint file of latent diffusion's AutoencoderKL, or of VA-VAE, which is laid out alike, as diffusers' model.
 
-What the file means is read off it: channels, levels, blocks and where attention lies, from the names and shapes of
-its weights. diffusers' own conversion wants a config beside the file and knows of no attention but the middle one's.
+Of a whole Stable Diffusion or FLUX its autoencoder is taken. What the file means is read off it: channels, levels,
+blocks and where attention lies, from the names and shapes of its weights. diffusers' own conversion wants a config
+beside the file and knows of no attention but the middle one's.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +19,15 @@ from isonext.utils.io import load_data
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-SUFFIXES = (".pt", ".ckpt", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+PARTS = ("first_stage_model.", "vae.")  # what the weights' names start with in files that hold more than them
 
 # What training leaves beside the autoencoder: its loss with the discriminator; VA-VAE's frozen foundation model and the
 # projection to its features; the counters of an average whose weights have taken the place of the others.
 IGNORED = ("loss.", "foundation_model.", "linear_proj.")
 IGNORED_KEYS = ("model_ema.decay", "model_ema.num_updates")
 
-ADVICE = "give a whole checkpoint of a latent-diffusion AutoencoderKL or VA-VAE, or the folder of a diffusers one"
+ADVICE = "give a whole checkpoint of a latent-diffusion AutoencoderKL or VA-VAE, a TAESD's pair, or a diffusers folder"
 GROUPS = 32  # of every GroupNorm, in all of them; the only figure that the weights do not tell
 
 # Parts of a name in diffusers, and in latent diffusion. The levels of the decoder are numbered from the other end.
@@ -52,30 +55,40 @@ def is_checkpoint(name: str) -> bool:
     return path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
 
 
-def load_checkpoint(path: str | Path) -> "AutoencoderKL":
-    """The model in a checkpoint file, in float32. An unreadable file is a UserError, and so is all that `build` finds.
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Name -> weight of a checkpoint file; of a file that holds more than an autoencoder, those of its part alone.
 
-    A file of weights alone, or one with them under `state_dict`; nothing in it is run.
+    A file of weights alone, or one with them under `state_dict`; nothing in it is run. UserError if it is unreadable.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise UserError(f"autoencoder {path}: no such file; {ADVICE}")
-    if Path(path).suffix == ".safetensors":
-        return build(_read_safetensors(Path(path)), path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     tree = load_data(path, "VAE checkpoint", foreign=True)
     weights = tree.get("state_dict", tree) if isinstance(tree, dict) else None
     if not isinstance(weights, dict):
         raise UserError(f"autoencoder {path}: holds no weights by name; {ADVICE}")
-    return build(weights, path)
+    weights = {str(key): value for key, value in weights.items()}
+    return {name: weights[key] for name, key in _own_names(weights).items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """The weights of other parts, gigabytes of them, are not read."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(key) for name, key in _own_names(file.keys()).items()}
     except SafetensorError as error:
         raise UserError(f"{path}: damaged, or not a VAE checkpoint ({first_line(error)})") from None
+
+
+def _own_names(keys: Iterable[str]) -> dict[str, str]:
+    """The autoencoder's name of a weight -> the file's."""
+    keys = list(keys)
+    part = next((part for part in PARTS if any(key.startswith(f"{part}encoder.") for key in keys)), "")
+    return {key.removeprefix(part): key for key in keys if key.startswith(part)}
 
 
 def build(weights: dict[str, Tensor], path: str | Path) -> "AutoencoderKL":
@@ -86,23 +99,25 @@ def build(weights: dict[str, Tensor], path: str | Path) -> "AutoencoderKL":
     """
     from diffusers import AutoencoderKL  # seconds to import, so only where it is used
 
-    weights = {str(key): value for key, value in weights.items() if not _is_ignored(str(key))}
-    for key, value in weights.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"autoencoder {path}: {key} is no weight; {ADVICE}")
+    weights = {key: value for key, value in weights.items() if not _is_ignored(key)}
+    check_tensors(weights, path)
     config = read_architecture(weights, path)
     with torch.device("meta"):  # the weights below take the place of random ones, which would take seconds to draw
         vae: Any = AutoencoderKL(**config)
     state = vae.state_dict()
     keys = {ldm_name(key, len(config["block_out_channels"])): key for key in state}
-    _check_names(keys, weights, path)
-    converted = {key: _shaped(weights[name], state[key].shape, name, path) for name, key in keys.items()}
+    check_names(keys, weights, path)
+    converted = {key: shaped(weights[name], state[key].shape, name, path) for name, key in keys.items()}
     vae.load_state_dict(converted, assign=True)
     return vae
 
 
 def read_architecture(weights: dict[str, Tensor], path: str | Path) -> dict:
-    """The arguments of diffusers' AutoencoderKL, from the names and shapes of the weights."""
+    """The arguments of diffusers' AutoencoderKL, from the names and shapes of the weights.
+
+    FLUX and Stable Diffusion 3 have neither of the 1x1 convolutions round the latents.
+    """
+    quant = any(key.startswith(("quant_conv.", "post_quant_conv.")) for key in weights)
     levels = _count(weights, r"encoder\.down\.(\d+)\.")
     widths = [_width(weights, f"encoder.down.{level}.block.0.conv2.bias", path) for level in range(max(levels, 1))]
     if any(width % GROUPS for width in widths):
@@ -118,7 +133,10 @@ def read_architecture(weights: dict[str, Tensor], path: str | Path) -> dict:
         "layers_per_block": _count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
         "down_block_types": down,
         "up_block_types": up[::-1],
-        "latent_channels": _width(weights, "post_quant_conv.bias", path),
+        "latent_channels": _width(weights, "post_quant_conv.bias" if quant else "encoder.conv_out.bias", path)
+        // (1 if quant else 2),
+        "use_quant_conv": quant,
+        "use_post_quant_conv": quant,
         "norm_num_groups": GROUPS,
         "scaling_factor": 1.0,
     }
@@ -148,7 +166,14 @@ def _width(weights: dict[str, Tensor], bias: str, path: str | Path) -> int:
     return weights[bias].numel()
 
 
-def _check_names(known: dict[str, str], weights: dict[str, Tensor], path: str | Path) -> None:
+def check_tensors(weights: dict[str, Any], path: str | Path) -> None:
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"autoencoder {path}: {key} is no weight; {ADVICE}")
+
+
+def check_names(known: dict[str, str], weights: dict[str, Tensor], path: str | Path) -> None:
+    """UserError that names one of those that are missing among the weights, or of those that are not known."""
     missing = [name for name in known if name not in weights]
     extra = [key for key in weights if key not in known]
     for names, one, more in ((missing, "is missing", "are missing"), (extra, "is unknown", "are unknown")):
@@ -159,8 +184,8 @@ def _check_names(known: dict[str, str], weights: dict[str, Tensor], path: str | 
             raise UserError(f"autoencoder {path}: {found}; {ADVICE}")
 
 
-def _shaped(weight: Tensor, shape: torch.Size, name: str, path: str | Path) -> Tensor:
-    """In float32; attention's 1x1 convolutions become the matrices they are."""
+def shaped(weight: Tensor, shape: torch.Size, name: str, path: str | Path) -> Tensor:
+    """In float32; attention's 1x1 convolutions become the matrices they are. Another shape is a UserError."""
     if weight.shape not in (shape, (*shape, 1, 1)):
         raise UserError(f"autoencoder {path}: {name} has the shape {list(weight.shape)}, not {list(shape)}; {ADVICE}")
     return weight.reshape(shape).float()

@@ -118,6 +118,8 @@ def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list
     size = data.image_size
     if size % codec.factor:
         raise UserError(f"--target_size {size}: must be a multiple of {codec.factor} for the autoencoder {codec.name}")
+    if codec.side not in (None, size):
+        raise UserError(f"--target_size {size}: the autoencoder {codec.name} takes pictures of {codec.side} px alone")
     spec = LatentSpec(codec.name, codec.channels, codec.factor, size, styles, autoencoder_digest=codec.digest)
     meta = StoreMeta(spec, data.flip, layout=data.format)
     old = read_meta(root)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isonext.checkpoint import build_model, network_of
 from isonext.config import Config, TrainingConfig
-from isonext.data.autoencoder import Autoencoder, DctCodec, DiffusersAutoencoder
+from isonext.data.autoencoder import Autoencoder, DiffusersAutoencoder, load_autoencoder
 from isonext.data.external import survey
 from isonext.data.preprocess import BATCH
 from isonext.data.store import LatentSpec, StoreMeta, read_meta, shown
@@ -150,13 +150,17 @@ def print_plan(config: Config, vram: float | None) -> None:
 
 
 def assumed_latents(config: Config) -> LatentSpec:
-    """What the latents will be where there is no store yet, as far as it can be told without the autoencoder."""
+    """What the latents will be where there is no store yet: the autoencoder's, or where that is not on this machine,
+    those of Stable Diffusion's, or in a file, of a VA-VAE."""
     name, model = config.autoencoder.name, config.model
-    channels, factor = (32, 16) if Path(name).suffix else (4, 8)  # a VA-VAE's file; Stable Diffusion's VAE
-    channels = model.latent_channels or channels
-    if name.partition(":")[0] == "dct":
-        codec = DctCodec(name)
+    try:
+        codec = load_autoencoder(name, torch.device("cpu"), download=False)
         channels, factor = codec.channels, codec.factor
+    except UserError:
+        if name.partition(":")[0] == "dct":
+            raise
+        channels, factor = (32, 16) if Path(name).suffix else (4, 8)
+        channels = model.latent_channels or channels
     styles = model.num_styles or config.data.num_classes or 2
     return LatentSpec(name, channels, factor, config.data.image_size, [str(number) for number in range(styles)])
 
@@ -269,5 +273,5 @@ def _weight_bytes(codec: Autoencoder) -> int:
     """Of the autoencoder; a VAE counts from here on as on a card, in BF16."""
     assert isinstance(codec, torch.nn.Module)  # as all of them are
     if isinstance(codec, DiffusersAutoencoder):
-        codec.bf16 = True
+        codec.bf16_encode = codec.bf16_decode = True
     return sum(tensor.numel() * tensor.element_size() for tensor in (*codec.parameters(), *codec.buffers()))

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from helpers import ROOT
-from isonext.data.autoencoder import load_autoencoder, tiled, weights_digest
+from isonext.data import autoencoder
+from isonext.data.autoencoder import DiffusersAutoencoder, load_autoencoder, tiled, weights_digest
+from isonext.data.demo_pictures import draw_scene
+from isonext.data.images import to_bytes, to_pixels
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.evaluation.metrics import psnr
@@ -314,12 +317,23 @@ def test_a_name_that_is_nowhere_is_one_line_with_both_ways_out(name):
     assert "\n" not in message
 
 
-def test_another_class_of_autoencoder_is_named_with_those_that_load(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("UNet2DConditionModel", r"no autoencoder of pictures that is known here: docs/autoencoders\.md lists those"),
+        (None, "no autoencoder of pictures that is known here"),
+        ("AutoencoderOobleck", "an autoencoder of sound"),
+        ("AutoencoderKLMochi", "an autoencoder of videos"),
+        ("ConsistencyDecoderVAE", "its decoder draws noise"),
+    ],
+)
+def test_a_class_that_is_not_taken_is_named_and_told_why(folders, tmp_path, kind, reason):
     folder = copy_of(folders / "AutoencoderKL", tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderDC"}))
-    with pytest.raises(UserError, match="its class is AutoencoderDC, not one of AutoencoderKL, AutoencoderTiny"):
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": kind}))
+    with pytest.raises(UserError, match=rf"its class is {kind}, {reason}") as caught:
         load_autoencoder(str(folder), CPU)
+    assert "\n" not in str(caught.value)
 
 
 def hub_error(kind, message="an error of the hub"):
@@ -356,10 +370,10 @@ def test_a_cached_repository_of_another_class_is_named(folders, monkeypatch):
     import diffusers
 
     monkeypatch.setattr(
-        diffusers.configuration_utils, "hf_hub_download", lambda *_, **__: str(folders / "AutoencoderDC.json")
+        diffusers.configuration_utils, "hf_hub_download", lambda *_, **__: str(folders / "Oobleck.json")
     )
-    (folders / "AutoencoderDC.json").write_text(json.dumps({"_class_name": "AutoencoderDC"}))
-    with pytest.raises(UserError, match=r"some/vae: does not load .*its class is AutoencoderDC, not one of"):
+    (folders / "Oobleck.json").write_text(json.dumps({"_class_name": "AutoencoderOobleck"}))
+    with pytest.raises(UserError, match=r"some/vae: does not load .*its class is AutoencoderOobleck, an autoencoder"):
         load_autoencoder("some/vae", CPU)
 
 
@@ -424,6 +438,42 @@ def test_a_pretrained_tiny_autoencoder_rebuilds_a_smooth_picture(name, channels)
     assert (codec.channels, codec.factor) == (channels, 8)
     assert latents.shape == (1, channels, 12, 12)
     assert psnr(codec.decode(latents), picture).item() > 20
+
+
+@pytest.mark.parametrize(
+    ("device", "has", "encode", "decode"),
+    [("cpu", True, False, True), ("cpu", False, False, False), ("mps", True, False, False), ("cuda", True, True, True)],
+)
+def test_it_computes_in_bf16_on_a_card_and_decodes_so_on_a_cpu_that_has_it(
+    folders, monkeypatch, device, has, encode, decode
+):
+    monkeypatch.setattr(autoencoder, "has_bf16", lambda device: has)
+    monkeypatch.setattr(DiffusersAutoencoder, "_probe", lambda codec: None)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
+    codec = load_autoencoder(str(folders / "AutoencoderKL"), torch.device(device))
+    assert (codec.bf16_encode, codec.bf16_decode) == (encode, decode)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_in_bf16_latents_and_pictures_are_float32_and_near_those_of_float32(folders, kind):
+    exact, quick = (load_autoencoder(str(folders / kind), CPU) for _ in range(2))
+    quick.bf16_encode = quick.bf16_decode = True
+    pixels = noise(2, 3, 32, 32)
+    latents, rough = exact.encode(pixels), quick.encode(pixels)
+    pictures, drawn = exact.decode(latents), quick.decode(latents)
+    assert rough.dtype == drawn.dtype == torch.float32
+    for rounded, true in ((rough, latents), (drawn, pictures)):
+        assert 0 < (rounded - true).std() < 0.05 * true.std()  # 2^-8 a layer
+
+
+@pytest.mark.parametrize("name", ["taesd", "taesd3"])
+def test_decoding_in_bf16_costs_a_pretrained_autoencoder_less_than_a_tenth_of_a_decibel(name):
+    if not (WEIGHTS / name).is_dir():
+        pytest.skip(f"../shared/weights/{name} is not there")
+    codec, picture = load_autoencoder(str(WEIGHTS / name), CPU), to_pixels(to_bytes(draw_scene(0, "shaded", 256)))[None]
+    exact = psnr(codec.decode(codec.encode(picture)).clamp(-1, 1), picture).item()
+    codec.bf16_decode = True
+    assert psnr(codec.decode(codec.encode(picture)).clamp(-1, 1), picture).item() > exact - 0.1
 
 
 #################################################################################

@@ -247,6 +247,60 @@ def test_the_same_weights_in_any_kind_of_file_are_the_same_model(weights, file, 
     torch.testing.assert_close(codec.encode(pixels), expected, rtol=0, atol=tolerance)
 
 
+def whole(weights, part):
+    """A whole model's file: the autoencoder is one part of it."""
+    others = {"model.diffusion_model.out.2.bias": torch.zeros(4), "cond_stage_model.logit_scale": torch.zeros(())}
+    return {f"{part}{key}": value for key, value in weights.items()} | others
+
+
+@pytest.mark.parametrize("part", ["first_stage_model.", "vae."])
+@pytest.mark.parametrize(("save", "name"), [(torch.save, "sd.ckpt"), (save_file, "sd.safetensors")])
+def test_of_a_whole_model_the_autoencoder_is_taken(weights, file, tmp_path, part, save, name):
+    save(whole(weights | EXTRA, part), tmp_path / name)
+    codec = load_autoencoder(str(tmp_path / name), CPU)
+    assert codec.digest == load_autoencoder(str(file), CPU).digest
+
+
+def without_quant(weights):
+    """FLUX's and Stable Diffusion 3's layout."""
+    return {key: value for key, value in weights.items() if "quant_conv" not in key}
+
+
+def test_a_file_without_the_convolutions_round_the_latents_is_the_model_in_which_they_do_nothing(weights, tmp_path):
+    save_file(without_quant(weights), tmp_path / "ae.safetensors")
+    same = weights | {"quant_conv.bias": torch.zeros(10), "post_quant_conv.bias": torch.zeros(5)}
+    same |= {
+        f"{name}.weight": torch.eye(n).view(n, n, 1, 1) for name, n in (("quant_conv", 10), ("post_quant_conv", 5))
+    }
+    codec, reference = load_autoencoder(str(tmp_path / "ae.safetensors"), CPU), Reference(same)
+    pixels, raw = noise(2, 3, 16, 24), noise(2, 5, 4, 6)
+    torch.testing.assert_close(codec.encode(pixels), reference.encode(pixels).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(codec.decode(raw), reference.decode(raw).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("part", "quant"), [("first_stage_model.", True), ("first_stage_model.", False), ("", False)])
+def test_a_file_is_what_diffusers_from_single_file_makes_of_it(tmp_path, part, quant):
+    """With attention in the middle alone, all that diffusers knows of."""
+    import diffusers
+
+    weights = weights_of(layout(32, (1, 2), 2, set(), 4))
+    weights = weights if quant else without_quant(weights)
+    path = tmp_path / "model.safetensors"
+    save_file(whole(weights, part) if part else weights, path)
+    sizes = {"block_out_channels": (32, 64), "layers_per_block": 2, "latent_channels": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = diffusers.AutoencoderKL(**sizes, **blocks, use_quant_conv=quant, use_post_quant_conv=quant)
+    model.save_pretrained(tmp_path / "config/vae")
+    theirs = diffusers.AutoencoderKL.from_single_file(
+        str(path), config=str(tmp_path / "config"), subfolder="vae"
+    ).eval()
+    theirs.to(memory_format=torch.channels_last)  # as ours: another layout rounds otherwise
+    ours, pixels, raw = load_autoencoder(str(path), CPU), noise(2, 3, 16, 24), noise(2, 4, 8, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.encode(pixels), theirs.encode(pixels).latent_dist.mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.decode(raw), theirs.decode(raw).sample, rtol=0, atol=1e-6)
+
+
 #################################################################################
 #                                What is refused                                #
 #################################################################################

@@ -10,6 +10,7 @@ import torch
 from helpers import call, refused
 from isonext.checkpoint import build_model, network_of
 from isonext.config import TrainingConfig
+from isonext.data.autoencoder import load_autoencoder
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
 from isonext.models.cost import Footprint, call_bytes, step_flops
@@ -24,6 +25,7 @@ from isonext.training.memory_plan import (
     refuse_too_large,
 )
 from model import count_parameters
+from small_vaes import save_small
 
 NONE = Footprint(parameters=0, state=0, fixed=0, picture=20)
 SELECTIVE = Footprint(parameters=0, state=0, fixed=0, picture=10)
@@ -217,6 +219,31 @@ def test_without_a_store_the_config_is_counted_and_the_plan_says_so(tmp_path, pr
     lines = printed(changes | {"data.data_root": str(tmp_path / "none")})
     assert latents in lines[0] and "no store at" in lines[0] and "preprocess_latents.py" in lines[0]
     assert not (tmp_path / "none").exists() and "--set" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "latents"),
+    [
+        ("DC", 512, "8 x 128 x 128"),
+        ("Flux2", 512, "12 x 64 x 64"),
+        ("Wan", 1024, "4 x 256 x 256"),
+        ("RAE", 32, "64 x 4 x 4"),
+    ],
+)
+def test_an_autoencoder_on_this_machine_says_its_latents_and_what_it_takes(
+    tmp_path, printed, monkeypatch, name, side, latents
+):
+    monkeypatch.setattr(memory_plan, "GIB", 2**10)
+    changes = {"autoencoder.name": str(save_small(name, tmp_path / "vae")), "data.image_size": side}
+    lines = printed(changes | {"data.data_root": str(tmp_path / "none")}, vram=1e5)
+    assert f"latents {latents} of 2 styles" in lines[0]
+    codec = load_autoencoder(changes["autoencoder.name"], torch.device("cpu"))
+    codec.bf16_encode = True
+    weights = 4 * sum(tensor.numel() for tensor in (*codec.parameters(), *codec.buffers()))
+    encoding = (weights + call_bytes(lambda: codec.encode, (16, 3, side, side))) / 2**10
+    said = next(line for line in lines if line.startswith("preprocessing, 16 at once"))
+    assert float(said.split()[-2]) == pytest.approx(encoding, rel=0.01, abs=0.011)
+    assert not any("unknown" in line for line in lines)
 
 
 def test_a_store_that_is_not_finished_is_planned_with_and_said_to_be(store, printed):
