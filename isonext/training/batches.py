@@ -53,17 +53,35 @@ def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
     return fit_base(spread, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
 
 
-def draw_batch(split: LatentSplit, base: Base, training: TrainingConfig, step: int, null_style: int) -> Batch:
-    """The whole batch of optimiser step `step`; each process then takes its share of it."""
+ALL = slice(None)
+
+
+def draw_batch(
+    split: LatentSplit,
+    base: Base,
+    training: TrainingConfig,
+    step: int,
+    null_style: int,
+    rows: slice = ALL,  # of the batch: a process's share
+) -> Batch:
+    """The batch of optimiser step `step`, or those `rows` of it.
+
+    Random numbers are drawn for the whole batch, so that a row is the same whoever draws it; latents are read and
+    standardised for the rows alone, except where noise is paired over the whole batch.
+    """
     steps_per_epoch = len(split) // training.batch_size
     epoch, place = divmod(step, steps_per_epoch)
     order = epoch_order(training.seed, epoch, len(split))
     index = order[place * training.batch_size : (place + 1) * training.batch_size]
     generator = seeded(training.seed, "batch", step)
     mirrored = torch.rand(len(index), generator=generator) < 0.5
-    x1, style = split.batch(index, mirrored)
-    noise = torch.randn(x1.shape, generator=generator)
+    read = ALL if training.coupling == "ot" else rows
+    x1, style = split.batch(index[read], mirrored[read])
+    noise = torch.randn(len(index), *x1.shape[1:], generator=generator)[read]
     t = sample_time(len(index), training.time_sampling, generator)
     if training.coupling == "ot":
         noise = pair_noise(noise, base.above(x1), style)
-    return Batch(base.x0(noise, x1, style), x1, t, drop_labels(style, training.label_drop_prob, null_style, generator))
+    label = drop_labels(split.styles[index], training.label_drop_prob, null_style, generator)
+    if training.coupling == "ot":
+        noise, x1, style = noise[rows], x1[rows], style[rows]
+    return Batch(base.x0(noise, x1, style), x1, t[rows], label[rows])

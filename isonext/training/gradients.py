@@ -95,8 +95,8 @@ class GradientAccumulator:
         """This process's share of the batch of `step`, cut into micro-batches."""
         if self.drawn and self.drawn[:2] == (step, self.micro_batch):
             return self.drawn[2]
-        batch = draw_batch(self.split, self.base, self.training, step, self.model.null_style)
-        own = batch.part(slice(self.accelerator.process_index, None, self.accelerator.num_processes))
+        rows = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        own = draw_batch(self.split, self.base, self.training, step, self.model.null_style, rows)
         size = self.micro_batch.pictures
         parts = [own.part(slice(start, start + size)) for start in range(0, len(own.t), size)]
         return [part.to(self.device, self.training.channels_last) for part in parts]

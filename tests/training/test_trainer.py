@@ -192,6 +192,20 @@ def test_every_epoch_has_an_order_of_its_own():
     assert len(orders) == 5
 
 
+@pytest.mark.parametrize("coupling", ["independent", "ot"])
+def test_the_rows_of_a_process_are_those_of_the_whole_batch_bit_for_bit_and_nothing_else_is_read(coupling, monkeypatch):
+    training, split, read = TrainingConfig(batch_size=12, coupling=coupling), numbered_split(40), []
+    base = Base(0.6, 2, torch.zeros(3, 2), torch.ones(3, 2))
+    whole = draw_batch(split, base, training, 5, null_style=3)
+    real = LatentSplit.batch
+    monkeypatch.setattr(LatentSplit, "batch", lambda self, index, *rest: read.append(index) or real(self, index, *rest))
+    parts = [draw_batch(split, base, training, 5, 3, slice(rank, None, 4)) for rank in range(4)]
+    for rank, part in enumerate(parts):
+        for mine, all_rows in zip(fields(part), fields(whole), strict=True):
+            assert torch.equal(mine, all_rows[rank::4])
+    assert [len(index) for index in read] == ([12] * 4 if coupling == "ot" else [3] * 4)  # pairing needs all of them
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.15, 1.0])
 def test_labels_are_dropped_at_their_rate_and_the_others_are_the_pictures(probability):
     batches = drawn(256, 64, range(64), label_drop_prob=probability)
