@@ -62,7 +62,12 @@ class TrainingConfig:
         "auto", "pictures at once on a device, same gradients; auto is what fits, null the whole batch", 1
     )
     learning_rate: float = key(1e-4, "AdamW's peak rate; small models (D 128) take 1e-3 to 4e-3", 0)
-    stage1_epochs: int = key(200, "passes over the training pictures", 1)
+    stage1_epochs: int = key(200, "passes over the training pictures; with balance equal, as many draws", 1)
+    balance: str = key(
+        "natural",
+        "natural draws every picture once an epoch; equal draws every style as often, its pictures in turn",
+        choices=("natural", "equal"),
+    )
     warmup_steps: int = key(500, "linear warm-up of the rate: early steps are noisy", 0)
     lr_schedule: str = key("cosine", "after the warm-up", choices=("cosine", "constant"))
     weight_decay: float = key(0.01, "AdamW's, on weights of two or more dimensions", 0)

@@ -68,6 +68,16 @@ class LatentSplit:
         """Of what is drawn from: the pictures' names, and whether there are mirrored copies."""
         return hashlib.sha256(repr((len(self.latents), self.names)).encode()).hexdigest()
 
+    @functools.cached_property
+    def by_style(self) -> Tensor:
+        """(n,) the pictures' numbers, those of the first style first."""
+        return self.styles.argsort(stable=True)
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many pictures each style has."""
+        return tuple(self.styles.bincount(minlength=len(self.spec.styles)).tolist())
+
     def batch(self, index: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Standardised latents (B, C, *space) and styles (B,) of the pictures `index` (B,); mirrored (B,) bool."""
         copy = torch.zeros_like(index) if mirrored is None or len(self.latents) == 1 else mirrored.long()
