@@ -101,6 +101,9 @@ class DataConfig:
     num_classes: int | None = key(None, "styles; counted from the folders, must agree with them if given", 1)
     image_size: int = key(512, "side of the training squares in pixels", 8, 8192)
     flip: bool = key(True, "also encode mirrored pictures; off where left and right differ in meaning")
+    crops: int = key(
+        0, "random crops a picture beside its centre square, 0.6 to 1 of its short side: more from few pictures", 0, 64
+    )
     val_fraction: float = key(0.05, "held-out part, chosen by a hash of the file's name", 0, 0.9)
     split_by: str = key(
         "picture", "what is held out whole: a picture, a recording (folder-prefix), or a FILE.csv's groups"

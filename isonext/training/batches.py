@@ -103,8 +103,11 @@ def draw_batch(
     index = drawn_pictures(split, training, step)
     generator = seeded(training.seed, "batch", step)
     mirrored = torch.rand(len(index), generator=generator) < 0.5
+    crop = torch.zeros_like(index)
+    if split.crops:
+        crop = torch.randint(1 + split.crops, index.shape, generator=generator)
     read = ALL if training.coupling == "ot" else rows
-    x1, style = split.batch(index[read], mirrored[read])
+    x1, style = split.batch(index[read], mirrored[read], crop[read])
     noise = torch.randn(len(index), *x1.shape[1:], generator=generator)[read]
     t = sample_time(len(index), training.time_sampling, generator)
     if training.coupling == "ot":

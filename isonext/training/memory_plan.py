@@ -149,8 +149,9 @@ def _known_lines(config: Config, spec: LatentSpec, meta: StoreMeta | None, needs
     """What no card changes."""
     root = config.data.data_root
     if meta:
-        count = sum(len(names) for names in meta.split.values()) * (1 + meta.flip)
-        stored = f"{4 * count * spec.channels * math.prod(spec.space) / GIB:.3g} GiB of RAM, {count} with mirrored ones"
+        count = sum(len(names) * meta.squares * (1 + meta.crops_in(split)) for split, names in meta.split.items())
+        more = "mirrored ones and crops" if meta.crops else "mirrored ones"
+        stored = f"{4 * count * spec.channels * math.prod(spec.space) / GIB:.3g} GiB of RAM, {count} with {more}"
         source = f"from {root}" if meta.complete else f"from {root}, which preprocess_latents.py has not finished"
     else:
         stored = "not known yet"
