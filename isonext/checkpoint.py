@@ -40,6 +40,7 @@ class Checkpoint:
     ema: dict[str, Tensor]
     optimizer: dict
     ema_head_start: int = 0  # optimiser steps that the average had seen before this run
+    front: dict = dataclasses.field(default_factory=dict)  # measured at the end, see `Validation.measure_front`
     version: str = __version__  # of the program that wrote it; "" where that did not say yet
 
     def save(self, path: Path) -> None:
@@ -61,7 +62,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         tree["config"].setdefault("training", {})["anchor_strength"] = 0.0
     if tree["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {tree['format']}, this program reads {FORMAT}")
-    for name, absent in (("version", ""), ("ema_head_start", 0)):  # format 2 came before them
+    for name, absent in (("version", ""), ("ema_head_start", 0), ("front", {})):  # format 2 came before them
         tree.setdefault(name, absent)
     if tree.keys() != names:
         raise UserError(f"{path}: checkpoint entries missing or unknown: {', '.join(sorted(tree.keys() ^ names))}")

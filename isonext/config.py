@@ -141,7 +141,9 @@ class InferenceConfig:
         choices=("explicit", "fixed_point"),
     )
     tolerance: float = key(1e-5, "largest residual of a fixed point that counts as solved", 0)
-    cfg_scale: float = key(2.0, "guidance of the generation leg; 1 is none and costs half", 0, 100)
+    cfg_scale: float | Literal["auto"] = key(
+        2.0, "guidance of the generation leg; 1 is none and costs half; auto is measured at the end of training", 0, 100
+    )
     cfg_interval: tuple[float, float] = key((0.2, 0.8), "guidance acts for t inside it", 0, 1)
     guidance: str = key("source", "contrast with the source style, or the null style", choices=("source", "null"))
     cfg_rescale: float = key(0.0, "how far guidance's gain in contrast is taken back", 0, 1)

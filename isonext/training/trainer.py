@@ -219,6 +219,8 @@ class Trainer:
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
             numbers = self.validation.validate(self.gradients.micro_batch.pictures)
             logbook.write(self.state.step, numbers)
+            if self.finished and self.config.inference.cfg_scale == "auto":
+                self.validation.measure_front()
             if numbers.get("val_score", 0) > self.best_score:
                 self.best_score = numbers["val_score"]
                 self.save(self.folder / BEST)
@@ -238,6 +240,7 @@ class Trainer:
             base=self.base,
             store=self.train.digest,
             epoch=self.state.step // self.steps_per_epoch,
+            front=self.validation.front,
             **self.state.to_tree(),
         )
         try:
