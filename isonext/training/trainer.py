@@ -136,7 +136,7 @@ class Trainer:
             return Pipeline(averaged, codec, self.spec, self.device, self.bf16, base=self.base)
 
         splits = self.train, self.val
-        return Validation(*splits, self.base, training.seed, self.config.inference, losses, make_pipeline)
+        return Validation(*splits, self.base, training, self.config.inference, averaged, losses, make_pipeline)
 
     #############################################################################
     #                                 The loop                                  #
@@ -217,7 +217,7 @@ class Trainer:
     def _end_epoch(self, epoch: int, logbook: Logbook | None) -> None:
         training = self.config.training
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
-            numbers = self.validation.validate(self.gradients.micro_batch.pictures)
+            numbers = self.validation.validate(self.gradients.micro_batch.pictures, epoch, self.finished)
             logbook.write(self.state.step, numbers)
             if self.finished and self.config.inference.cfg_scale == "auto":
                 self.validation.measure_front()

@@ -79,8 +79,8 @@ def run(store, make_config, monkeypatch):
             return {"val_style_success": success, "val_ssim": 1 - success / 2, "val_score": success}
 
         monkeypatch.setattr(TransferFigures, "__init__", lambda *_: None)
-        monkeypatch.setattr(TransferFigures, "ceiling", 0.9)
-        monkeypatch.setattr(TransferFigures, "pictures", 12)
+        monkeypatch.setattr(TransferFigures, "ceiling", 0.9, raising=False)
+        monkeypatch.setattr(TransferFigures, "pictures", 12, raising=False)
         monkeypatch.setattr(TransferFigures, "measure", measure)
         monkeypatch.setattr(validation, "can_be_transferred", lambda val: True)
         trainer = Trainer(make_config(store, AUTO | {"training.stage1_epochs": 2}))
