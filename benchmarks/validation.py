@@ -45,7 +45,7 @@ def measure(trainer: Trainer, steps: int, sheet: Path) -> dict[str, float]:
         "first": seconds(validate(last=True), device),
         "figures": min(seconds(validate(last=True), device) for _ in range(2)),
         "loss": seconds(lambda: trainer.validation.held_out_loss(at_once), device) if len(trainer.val) else 0.0,
-        "preview": seconds(lambda: trainer.validation.save_preview(sheet), device),
+        "preview": seconds(lambda: trainer.validation.save_preview(sheet, 1, True), device),
     }
 
 
@@ -56,7 +56,8 @@ def whole_run(trainer: Trainer, spent: dict[str, float]) -> dict[str, float]:
     last = epochs[-1]
     validated = [epoch for epoch in epochs if epoch % training.val_every_epochs == 0 or epoch == last]
     figures = sum(plan.has_figures(training, epoch, epoch == last) for epoch in validated)
-    previews = sum(epoch % training.save_every_epochs == 0 or epoch == last for epoch in epochs)
+    saved = [epoch for epoch in epochs if epoch % training.save_every_epochs == 0 or epoch == last]
+    previews = sum(plan.has_preview(training, epoch, epoch == last) for epoch in saved)
     watching = spent["first"] - spent["figures"] + figures * spent["figures"]
     watching += (len(validated) - figures) * spent["loss"] + previews * spent["preview"]
     steps = trainer.total_steps * spent["step"]

@@ -229,7 +229,7 @@ class Trainer:
             (self.folder / INTERRUPTED).unlink(missing_ok=True)
             for old in epoch_checkpoints(self.folder)[: -training.keep_checkpoints]:  # [:-0] is none
                 old.unlink()
-            self.validation.save_preview(self.folder / f"preview_epoch{epoch}.png")
+            self.validation.save_preview(self.folder / f"preview_epoch{epoch}.png", epoch, self.finished)
         self.accelerator.wait_for_everyone()
 
     def save(self, path: Path) -> None:

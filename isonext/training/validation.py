@@ -39,7 +39,7 @@ from model import VelocityNetwork
 MAX_KNOWN = 128  # training pictures that the classifier learns from, over all styles
 WINDOW, MIN_CELLS = 64, 8  # side of the part of them that is decoded: pixels, and latent cells at least
 CLASSIFIER = {
-    "steps": 200,
+    "steps": 150,
     "batch_size": 32,
     "largest": 32,
 }  # cheap beside evaluate.py's own
@@ -104,19 +104,16 @@ class Validation:
         if can_be_transferred(self.val):
             with dispensable("figures of transfers"):
                 if self.plan.has_figures(self.training, epoch, last):
-                    numbers |= self._figures().measure()
+                    if self.figures is None:
+                        count = self.plan.transferred
+                        self.figures = TransferFigures(self.pipeline, self.train, self.val, self.settings, count)
+                    numbers |= self.figures.measure()
         return numbers
-
-    def _figures(self) -> "TransferFigures":
-        if self.figures is None:
-            count = self.plan.transferred
-            self.figures = TransferFigures(self.pipeline, self.train, self.val, self.settings, count)
-        return self.figures
 
     def measure_front(self) -> None:
         """Style success and SSIM at each of SCALES, and which of those `auto` is, for the checkpoint."""
         with dispensable("front for cfg_scale auto"):
-            figures, points = self._figures(), []
+            figures, points = TransferFigures(self.pipeline, self.train, self.val, self.settings), []
             for scale in SCALES:
                 numbers = figures.measure(scale)
                 success, similarity = numbers["val_style_success"], numbers["val_ssim"]
@@ -145,9 +142,11 @@ class Validation:
             total += self.losses(Batch(self.base.x0(noise[part], x1, style), x1, times[part], style)).sum().item()
         return total / count
 
-    def save_preview(self, path: Path) -> None:
-        """The sheet, of held-out pictures where there are any."""
+    def save_preview(self, path: Path, epoch: int, last: bool) -> None:
+        """The sheet, of held-out pictures where there are any; not after every epoch where that would cost too much."""
         with dispensable("preview"):
+            if not self.plan.has_preview(self.training, epoch, last):
+                return
             split = self.val if len(self.val) else self.train
             size = self.plan.rows, self.plan.previewed
             images.save_picture(draw_preview(self.pipeline, split, self.settings, *size), path)

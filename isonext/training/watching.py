@@ -16,9 +16,9 @@ from isonext.flow.transfer import TransferSettings, invert, transfer
 # Shares of the operations of the training steps between two of each. Together they stay well below the 5 % of a run's
 # time that watching may take: a figure's operations are slower than a step's, and the classifier and its pictures,
 # which are made once a run, come on top.
-LOSSES, FIGURES, PREVIEWS = 0.003, 0.02, 0.006
+LOSSES, FIGURES, PREVIEWS = 0.003, 0.015, 0.006
 FREE = 1e10  # operations, a fraction of a second, that are not worth sparing
-MOST_APART = 8  # validations from one with figures to the next
+MOST_APART = 8  # validations from one with figures to the next, and checkpoints from one preview to the next
 FEWEST_LOSSES, MOST_LOSSES, MOST_TRANSFERRED = 16, 512, 32
 MOST_ROWS, MOST_PREVIEWED = 3, 8  # of the sheet: pictures a style, and styles, with whose square its cost grows
 
@@ -44,10 +44,15 @@ class WatchPlan:
     every: int  # of so many validations one has figures
     rows: int  # pictures a style on the preview sheet
     previewed: int  # styles on it
+    previews_every: int = 1  # of so many epochs' checkpoints one has a preview
 
     def has_figures(self, training: TrainingConfig, epoch: int, last: bool) -> bool:
         """Whether the validation after `epoch` measures transfers; the last one does."""
         return last or epoch // training.val_every_epochs % self.every == 0
+
+    def has_preview(self, training: TrainingConfig, epoch: int, last: bool) -> bool:
+        """Whether the checkpoint of `epoch` has one; the last one does."""
+        return last or epoch // training.save_every_epochs % self.previews_every == 0
 
 
 def budget(share: float, steps: int, step: int) -> float:
@@ -77,7 +82,8 @@ def plan_watching(
     sheets += [(1, shown) for shown in range(sheets[0][1] - 1, 1, -1)]
     room = budget(PREVIEWS, training.save_every_epochs * steps_per_epoch, cost.step)
     rows, shown = next((sheet for sheet in sheets if sheet_operations(*sheet, cost) <= room), sheets[-1])
-    return WatchPlan(transferred, every, rows, shown)
+    apart = min(MOST_APART, math.ceil(sheet_operations(rows, shown, cost) / room))
+    return WatchPlan(transferred, every, rows, shown, apart)
 
 
 def sheet_operations(rows: int, styles: int, cost: Operations) -> int:

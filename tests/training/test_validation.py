@@ -140,7 +140,7 @@ def test_figures_and_preview_are_of_the_averaged_network(store, make_config, mon
     monkeypatch.setattr(validation, "draw_preview", lambda pipeline, *_: seen.append(pipeline.model))
     monkeypatch.setattr(validation.images, "save_picture", lambda *_: None)
     run.validation.validate(4, 1, last=False)
-    run.validation.save_preview(store / "preview.png")
+    run.validation.save_preview(store / "preview.png", 1, last=False)
     assert len(seen) == 2 and all(network is run.state.ema.model for network in seen)
 
 

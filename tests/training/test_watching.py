@@ -17,7 +17,7 @@ from isonext.training.trainer import Trainer
 from isonext.training.watching import Operations, WatchPlan, count_losses, plan_watching, sheet_operations
 
 TRAINING = TrainingConfig(val_every_epochs=5, save_every_epochs=10)
-# 35 steps an epoch of 1.2e11 operations: 175 steps between validations have 2.1e13, 0.02 of that is 4.2e11.
+# 35 steps an epoch of 1.2e11 operations: 175 steps between validations have 2.1e13, 0.015 of that is 3.15e11.
 PHOTO = Operations(
     step=120_000_000_000, evaluation=10**9, decoding=10**9, inversion=22, generation=37
 )  # 6e10 a transfer
@@ -25,11 +25,11 @@ PHOTO = Operations(
 
 def test_numbers_by_hand():
     plan = plan_watching(TRAINING, 35, 2, 57, PHOTO)
-    # A transfer costs 6e10, so 7 fit between two validations: the 32 that are wanted fit at every fifth.
+    # A transfer costs 6e10, so 5.25 fit between two validations, and the 32 that are wanted at every seventh.
     # A sheet of 2 styles costs (22 + 2 x 37 + 3) x 2 = 1.98e11 a row; 0.006 of 350 steps is 2.52e11.
-    assert plan == WatchPlan(transferred=32, every=5, rows=1, previewed=2)
-    assert plan_watching(TRAINING, 20, 2, 57, PHOTO).every == 8  # 4 fit, and 32 at every eighth
-    assert plan_watching(TRAINING, 10, 2, 57, PHOTO).transferred == 16
+    assert plan == WatchPlan(transferred=32, every=7, rows=1, previewed=2)
+    short = plan_watching(TRAINING, 10, 2, 57, PHOTO)  # 1.5 fit, 12 at every eighth; a row costs 2.75 times its room
+    assert short == WatchPlan(transferred=12, every=8, rows=1, previewed=2, previews_every=3)
     assert sheet_operations(1, 2, PHOTO) == 198 * 10**9
     assert count_losses(TRAINING, 35, 57, PHOTO.step, PHOTO.evaluation) == 57
     assert count_losses(TRAINING, 35, 500, PHOTO.step, PHOTO.evaluation) == 63  # 0.003 of 2.1e13
@@ -44,6 +44,7 @@ def test_a_long_run_has_all_and_a_short_one_of_a_tiny_network_too():
 def test_of_many_styles_fewer_are_shown_where_all_would_cost_too_much():
     wide = plan_watching(TRAINING, 35, 10, 200, PHOTO)
     assert (wide.rows, wide.previewed) == (1, 2)
+    assert wide.previews_every == 1  # 1.98e11 of 2.52e11
     assert plan_watching(TRAINING, 10**5, 10, 200, PHOTO).previewed == 8
 
 
@@ -64,7 +65,9 @@ def test_a_plan_stays_within_its_share_unless_it_is_the_least_there_is(
         least or plan.transferred * cost.transfer / plan.every <= max(watching.FREE, watching.FIGURES * spent) * 1.001
     )
     sheet = sheet_operations(plan.rows, plan.previewed, cost)
-    assert (plan.rows, plan.previewed) == (1, 2) or sheet <= max(watching.FREE, watching.PREVIEWS * spent)
+    assert plan.previews_every == 8 or sheet / plan.previews_every <= 1.001 * max(
+        watching.FREE, watching.PREVIEWS * spent
+    )
     assert 0 < plan.transferred <= min(held, watching.MOST_TRANSFERRED)
     losses = count_losses(training, steps, held, step, evaluation)
     assert losses <= min(held, 16) or losses * evaluation <= max(watching.FREE, watching.LOSSES * spent)
@@ -76,9 +79,10 @@ def test_a_longer_run_has_the_figures_that_it_had():
 
 
 def test_figures_come_at_their_validations_and_at_the_last_one():
-    plan = WatchPlan(16, 3, 1, 2)
+    plan = WatchPlan(16, 3, 1, 2, previews_every=2)
     due = [epoch for epoch in (5, 10, 15, 20, 25, 30, 32) if plan.has_figures(TRAINING, epoch, last=epoch == 32)]
     assert due == [15, 30, 32]
+    assert [epoch for epoch in (10, 20, 30, 32) if plan.has_preview(TRAINING, epoch, last=epoch == 32)] == [20, 32]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_the_autoencoder_the_classifier_and_the_held_out_pictures_are_made_once_
     )
     assert run.validation.validate(4, 2, last=True) == first, "nothing was trained: the very same figures"
     assert made["decoded"] == [len(part) for part in run.validation.figures.held], "transfers, and nothing else"
-    run.validation.save_preview(store / "preview.png")
+    run.validation.save_preview(store / "preview.png", 1, last=False)
     assert (made["codec"], made["classifier"]) == (1, 1)
 
 
