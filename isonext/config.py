@@ -88,9 +88,11 @@ class TrainingConfig:
     )
     num_workers: int = key(4, "processes that decode pictures in preprocessing; 0 is in this process", 0, 256)
     log_every_steps: int = key(20, "a line in metrics.jsonl and TensorBoard", 1)
-    save_every_epochs: int = key(10, "a checkpoint and a preview picture", 1)
+    save_every_epochs: int = key(10, "a checkpoint, and a preview picture where that is cheap", 1)
     keep_checkpoints: int = key(5, "newest epoch checkpoints kept; 0 keeps all", 0)
-    val_every_epochs: int = key(5, "validation: the loss on fixed noise and times, figures of 32 transfers", 1)
+    val_every_epochs: int = key(
+        5, "validation: the loss on fixed noise and times; figures of at most 32 transfers as often as is cheap", 1
+    )
     seed: int = key(0, "randomness is a function of (seed, step)", 0, 2**31)
 
 
