@@ -127,11 +127,11 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def call_flops(call: Callable[[Tensor], object], shape: tuple[int, ...]) -> int:
+def call_flops(call: Callable[[Tensor], object], shape: tuple[int, ...], device: torch.device) -> int:
     """Floating-point operations of a call without gradients on a float32 tensor of that shape: those of its matrix
-    products and convolutions."""
+    products and convolutions. `device`: where the call's weights are."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(torch.empty(shape))
+        call(torch.empty(shape, device=device))
     return counter.get_total_flops()
 
 

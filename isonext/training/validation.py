@@ -94,7 +94,7 @@ class Validation:
     def plan(self) -> WatchPlan:
         """How many pictures figures and previews are of, and when there are figures."""
         (steps, step, evaluation), spec = self._counts, self.val.spec
-        decoding = call_flops(self.pipeline.codec.decode, (1, spec.channels, *spec.space))
+        decoding = call_flops(self.pipeline.codec.decode, (1, spec.channels, *spec.space), self.pipeline.device)
         cost = Operations(step, evaluation, decoding, *transfer_evaluations(self.settings))
         return plan_watching(self.training, steps, len(spec.styles), len(self.val), cost)
 

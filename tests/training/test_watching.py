@@ -98,10 +98,14 @@ def test_evaluations_of_a_transfer_by_hand(settings, legs):
     assert watching.transfer_evaluations(settings) == legs
 
 
-def test_operations_of_a_call_are_those_of_its_products_and_nothing_is_computed():
-    layer = torch.nn.Conv2d(3, 5, 3, padding=1)
-    assert call_flops(layer, (2, 3, 8, 8)) == 2 * 2 * 5 * 3 * 9 * 64
-    assert call_flops(DctCodec("dct:f4c12").decode, (1, 12, 2**10, 2**10)) > 2**28
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_operations_of_a_call_are_those_of_its_products_wherever_its_weights_are(device):
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1, device=device)
+    assert call_flops(layer, (2, 3, 8, 8), torch.device(device)) == 2 * 2 * 5 * 3 * 9 * 64
+
+
+def test_operations_of_a_decoder_are_counted_without_its_work():
+    assert call_flops(DctCodec("dct:f4c12").decode, (1, 12, 2**10, 2**10), torch.device("cpu")) > 2**28
 
 
 #################################################################################
