@@ -66,7 +66,7 @@ def measure(config: Config, pictures: Path, output: Path) -> tuple[str, list[Pat
     if not checkpoints:
         raise UserError(f"{config.checkpoint.save_dir}: no checkpoint was written; delete {output} and run again")
     pipeline, _ = load_pipeline(checkpoints[-1], pick_device("auto"))
-    settings = transfer_settings(config.inference)
+    settings = transfer_settings(config.inference, front=pipeline.front)
     if config.training.compile:
         pipeline.compile()
     held = load_styles(pictures / "test", pipeline.spec.styles, pipeline.spec.image_size)

@@ -93,6 +93,13 @@ def allowed(setting: str) -> tuple[str, ...]:
     return InferenceConfig.__dataclass_fields__[setting].metadata["choices"]
 
 
+def number_or_auto(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number or auto") from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Transfer pictures from one style to another. Defaults come from the checkpoint's config.")
     add = parser.add_argument
@@ -110,7 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--time_shift", type=float, help="above 1 finer towards the picture, below 1 towards structure")
     add("--inversion", choices=allowed("inversion"), help="solve for the inverse of euler, ..., rk4")
     add("--tolerance", type=float, help="largest residual of a fixed point that counts as solved")
-    add("--cfg_scale", type=float, help="guidance of the generation leg; 1 is none")
+    add(
+        "--cfg_scale",
+        type=number_or_auto,
+        metavar="W",
+        help="guidance of the generation leg; 1 is none; auto: as measured",
+    )
     add("--cfg_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="t where guidance acts")
     add("--cfg_rescale", type=float, help="0 to 1: how far guidance's gain in contrast is taken back")
     add("--guidance", choices=allowed("guidance"), help="contrast with the source or the null style")

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{args.checkpoint}: has one style, and a transfer needs two")
     if args.compile:
         pipeline.compile()
-    settings, side = transfer_settings(config.inference), args.side or config.data.image_size
+    settings, side = transfer_settings(config.inference, front=pipeline.front), args.side or config.data.image_size
     name = device_name(pipeline.device)
     print(f"{name}; {side} px, {settings.method}, scale {settings.cfg_scale:g}, compiled: {args.compile}")
     print(f"{'batch':>5}" + "".join(f"{part:>11}" for part in (*PARTS, "in all")) + "   ms; pictures/s")

@@ -21,7 +21,7 @@ from isonext.errors import UserError, brief, first_line
 from isonext.flow.base import Base
 from isonext.models.dit import DiT
 from isonext.utils.io import load_data, written_whole
-from isonext.utils.schema import Mismatch, dense, listed, made_of, mapped, number, record, text, whole
+from isonext.utils.schema import Check, Mismatch, dense, listed, made_of, mapped, number, record, text, whole
 from model import IsoNext, VelocityNetwork
 
 FORMAT = 2  # 1 was without base (white noise), store and guard
@@ -30,16 +30,21 @@ INTERRUPTED = "stage1_interrupted.pt"  # what Ctrl-C and SIGTERM leave, in the m
 MOST_TOKENS = 2**16  # of a transformer: more than it could attend to
 
 
-def _guard(value: Any, where: str) -> dict:
-    """What the guard remembers; nothing in a checkpoint of format 1."""
-    if isinstance(value, dict) and not value:
-        return value
-    return record(norms=listed(number(0, 1e38)), skipped=whole(), in_a_row=whole())(value, where)
+def _or_nothing(check: Check) -> Check:
+    """An empty dict too, where the run had nothing to say yet, or its version did not."""
+    return lambda value, where: {} if isinstance(value, dict) and not value else check(value, where)
+
+
+def _sums(value: Any, where: str) -> Tensor:
+    sums = dense(2)(value, where)
+    if sums.shape != (2, 4):
+        raise Mismatch(where, tuple(sums.shape), "of shape (2, 4): losses and counts by quarter of t")
+    return sums
 
 
 ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on each other
     "store": text(),
-    "guard": _guard,
+    "guard": _or_nothing(record(norms=listed(number(0, 1e38)), skipped=whole(), in_a_row=whole())),
     "step": whole(),
     "epoch": whole(),
     "model": mapped(dense()),
@@ -49,8 +54,19 @@ ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on
         param_groups=listed(record(params=listed(whole()), lr=number(0, 1e4))),
     ),
     "ema_head_start": whole(),
+    "run": text(longest=64),
+    "log": _or_nothing(record(sums=_sums, clipped=whole())),
+    "front": _or_nothing(
+        record(
+            scale=number(0, 100),
+            ceiling=number(0, 1),
+            pictures=whole(),
+            points=listed(record(cfg_scale=number(0, 100), style_success=number(0, 1), ssim=number())),
+        )
+    ),
     "version": text(),
 }
+LATER = {"version": "", "ema_head_start": 0, "run": "", "log": {}, "front": {}}  # what format 2 began without
 BASE = {"strength": number(0, 1), "cells": whole(1, 64)} | dict.fromkeys(("mean", "deviation", "layouts"), dense())
 # From which a base once drew its layouts: now `Base.can_sample` says no.
 GONE = ("power", "layout_mean", "layout_factors", "layout_rest")
@@ -73,6 +89,7 @@ class Checkpoint:
     ema_head_start: int = 0  # optimiser steps that the average had seen before this run
     run: str = ""  # an id, see training/folder.py; "" where there was none yet
     log: dict = dataclasses.field(default_factory=dict)  # what the next line of the log has of the steps before
+    front: dict = dataclasses.field(default_factory=dict)  # measured at the end, see `Validation.measure_front`
     version: str = __version__  # of the program that wrote it; "" where that did not say yet
 
     def save(self, path: Path) -> None:
@@ -95,7 +112,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             tree["config"].setdefault("training", {})["anchor_strength"] = 0.0
     if tree["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {brief(tree['format'])}, this program reads {FORMAT}")
-    for name, absent in (("version", ""), ("ema_head_start", 0), ("run", ""), ("log", {})):  # format 2 came before them
+    for name, absent in LATER.items():
         tree.setdefault(name, absent)
     if tree.keys() != names:
         odd = ", ".join(sorted(str(name)[:40] for name in tree.keys() ^ names)[:8])

@@ -63,7 +63,12 @@ class TrainingConfig:
         "auto", "pictures at once on a device, same gradients; auto is what fits, null the whole batch", 1
     )
     learning_rate: float = key(1e-4, "AdamW's peak rate; small models (D 128) take 1e-3 to 4e-3", 0, 1000)
-    stage1_epochs: int = key(200, "passes over the training pictures", 1)
+    stage1_epochs: int = key(200, "passes over the training pictures; with balance equal, as many draws", 1)
+    balance: str = key(
+        "natural",
+        "natural draws every picture once an epoch; equal draws every style as often, its pictures in turn",
+        choices=("natural", "equal"),
+    )
     warmup_steps: int = key(500, "linear warm-up of the rate: early steps are noisy", 0)
     lr_schedule: str = key("cosine", "after the warm-up", choices=("cosine", "constant"))
     weight_decay: float = key(0.01, "AdamW's, on weights of two or more dimensions", 0)
@@ -84,9 +89,11 @@ class TrainingConfig:
     )
     num_workers: int = key(4, "processes that decode pictures in preprocessing; 0 is in this process", 0, 256)
     log_every_steps: int = key(20, "a line in metrics.jsonl and TensorBoard", 1)
-    save_every_epochs: int = key(10, "a checkpoint and a preview picture", 1)
+    save_every_epochs: int = key(10, "a checkpoint, and a preview picture where that is cheap", 1)
     keep_checkpoints: int = key(5, "newest epoch checkpoints kept; 0 keeps all", 0)
-    val_every_epochs: int = key(5, "validation: the loss on fixed noise and times, figures of 32 transfers", 1)
+    val_every_epochs: int = key(
+        5, "validation: the loss on fixed noise and times; figures of at most 32 transfers as often as is cheap", 1
+    )
     seed: int = key(0, "randomness is a function of (seed, step)", 0, 2**31)
 
 
@@ -97,6 +104,9 @@ class DataConfig:
     num_classes: int | None = key(None, "styles; counted from the folders, must agree with them if given", 1, 10**6)
     image_size: int = key(512, "side of the training squares in pixels", 8, 8192)
     flip: bool = key(True, "also encode mirrored pictures; off where left and right differ in meaning")
+    crops: int = key(
+        0, "random crops a picture beside its centre square, 0.6 to 1 of its short side: more from few pictures", 0, 64
+    )
     val_fraction: float = key(0.05, "held-out part, chosen by a hash of the file's name", 0, 0.9)
     split_by: str = key(
         "picture", "what is held out whole: a picture, a recording (folder-prefix), or a FILE.csv's groups"
@@ -134,7 +144,9 @@ class InferenceConfig:
         choices=("explicit", "fixed_point"),
     )
     tolerance: float = key(1e-5, "largest residual of a fixed point that counts as solved", 0)
-    cfg_scale: float = key(2.0, "guidance of the generation leg; 1 is none and costs half", 0, 100)
+    cfg_scale: float | Literal["auto"] = key(
+        2.0, "guidance of the generation leg; 1 is none and costs half; auto is measured at the end of training", 0, 100
+    )
     cfg_interval: tuple[float, float] = key((0.2, 0.8), "guidance acts for t inside it", 0, 1)
     guidance: str = key("source", "contrast with the source style, or the null style", choices=("source", "null"))
     cfg_rescale: float = key(0.0, "how far guidance's gain in contrast is taken back", 0, 1)

@@ -41,6 +41,7 @@ class Pipeline:
     path: Path | None = None  # of the checkpoint
     base: Base = field(default_factory=Base)  # where the flow starts
     compiled: bool = False
+    front: dict = field(default_factory=dict)  # what the checkpoint knows of guidance's scales
     tile: int | None = None  # pixels: larger pictures go through the autoencoder in tiles of this side
 
     @property
@@ -245,13 +246,41 @@ def load_pipeline(path: str | Path, device: torch.device, autoencoder: str | Non
     spec = replace(checkpoint.latents, autoencoder=codec.name, autoencoder_digest=codec.digest)
     model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
     bf16 = checkpoint.config.training.use_amp and has_bf16(device)
-    return Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base), checkpoint.config
+    pipeline = Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base, front=checkpoint.front)
+    return pipeline, checkpoint.config
 
 
-def transfer_settings(config: InferenceConfig, strength: float = 1.0, seed: int = 0) -> TransferSettings:
+def transfer_settings(
+    config: InferenceConfig,
+    strength: float = 1.0,
+    seed: int = 0,
+    front: dict | None = None,  # of the checkpoint, which says what a scale of auto is; None: there can be none
+) -> TransferSettings:
     if config.inversion == "fixed_point" and config.method in ("alf", "flowedit"):
         why = "is exactly reversible already" if config.method == "alf" else "has no inversion"
         raise UserError(
             f"inversion fixed_point is for the methods euler, midpoint, heun and rk4; {config.method} {why}"
         )
-    return TransferSettings(strength=strength, seed=seed, **asdict(config))
+    values = asdict(config)
+    if config.cfg_scale == "auto":
+        if front is None:
+            raise UserError(
+                "inference.cfg_scale auto: is measured for transfers alone; give a number in its place, such as 2"
+            )
+        if not front:
+            raise UserError(
+                "inference.cfg_scale auto: the checkpoint has no measured front, which the last one of a training with "
+                "auto has; give a number in its place, such as 2"
+            )
+        values["cfg_scale"] = front["scale"]
+    return TransferSettings(strength=strength, seed=seed, **values)
+
+
+def front_line(front: dict) -> str:
+    """What `auto` came to, and why."""
+    found = next((point for point in front["points"] if point["cfg_scale"] == front["scale"]), None)
+    figures = f"style success {found['style_success']:.2f}, SSIM {found['ssim']:.2f} " if found else ""
+    return (
+        f"cfg_scale auto: {front['scale']:g} ({figures}on {front['pictures']} held-out pictures; the classifier's own "
+        f"accuracy {front['ceiling']:.2f})"
+    )

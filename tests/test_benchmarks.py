@@ -5,6 +5,7 @@ import json
 import pytest
 
 from helpers import CHECKPOINT, ROOT, call, refused
+from isonext.config import config_to_dict
 from small_vaes import save_small
 
 
@@ -14,6 +15,18 @@ def test_smoke_check_passes_and_is_readable():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all checks passed" in done.stdout and "FAIL" not in done.stdout
     assert "0 elements differ" in done.stdout
+
+
+@pytest.mark.slow
+def test_validation_benchmark_counts_what_a_run_looks_at_and_saves_nothing(store, make_config):
+    config = make_config(store, {"training.stage1_epochs": 7, "training.val_every_epochs": 2})
+    (store / "c.json").write_text(json.dumps(config_to_dict(config)))
+    done = call(store, ROOT / "benchmarks/validation.py", "--config", "c.json", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert (figures["validations"], figures["with_figures"], figures["previews"]) == (4, 4, 7)
+    assert figures["step_s"] > 0 and 0 < figures["share"] < 1
+    assert not (store / "run").exists()
 
 
 @pytest.mark.slow

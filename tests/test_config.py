@@ -23,7 +23,7 @@ OPTIONAL = {
     "data.num_classes",
     "inference.latent_clamp",
 }
-AUTO = {"training.micro_batch_size", "training.gradient_checkpointing"}
+AUTO = {"inference.cfg_scale", "training.micro_batch_size", "training.gradient_checkpointing"}
 PAIRS = {"training.betas", "inference.cfg_interval"}
 WRONG = {
     int: ["7", 1.5, 4.0, True, [1], {}, math.nan],

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from isonext.data import ldm_checkpoint, taesd_pair
 from isonext.data.vae_folder import WAYS_OUT, load_folder
 from isonext.data.vae_rules import RULES, Rule, check_channels
-from isonext.errors import UserError, first_line
-from isonext.utils.device import autocast, fitting, has_bf16, is_out_of_memory
+from isonext.errors import UserError, first_line, is_out_of_memory
+from isonext.utils.device import autocast, fitting, has_bf16
 
 PIXELS_AT_ONCE = 2**20  # that a VAE takes: 16 pictures of 256 px, 4 of 512 px, one of 1024 px
 PROBED = (32, 64, 128, 256)  # sides of the pictures that tell a VAE's factor: up to 128 there are two cells

@@ -51,21 +51,36 @@ class LatentSplit:
     """All latents of one split, in memory or memory-mapped."""
 
     spec: LatentSpec
-    latents: np.ndarray | Rows  # (copies, n, C, *space) float32, raw; copies is 2 where mirrored ones were stored
+    latents: np.ndarray | Rows  # (copies, n, C, *space) float32, raw; its copies in the order of `store.in_order`
     styles: Tensor  # (n,) int64
     names: list[str]
+    crops: int = 0  # of each picture, beside its centre square
 
     def __len__(self) -> int:
         return len(self.styles)
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of what is drawn from: the pictures' names, and whether there are mirrored copies."""
-        return hashlib.sha256(repr((len(self.latents), self.names)).encode()).hexdigest()
+        """Of what is drawn from: the pictures' names, whether there are mirrored copies, and how many crops."""
+        drawn = (len(self.latents), self.names, *[self.crops] * bool(self.crops))
+        return hashlib.sha256(repr(drawn).encode()).hexdigest()
 
-    def batch(self, index: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Standardised latents (B, C, *space) and styles (B,) of the pictures `index` (B,); mirrored (B,) bool."""
-        copy = torch.zeros_like(index) if mirrored is None or len(self.latents) == 1 else mirrored.long()
+    @functools.cached_property
+    def by_style(self) -> Tensor:
+        """(n,) the pictures' numbers, those of the first style first."""
+        return self.styles.argsort(stable=True)
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many pictures each style has."""
+        return tuple(self.styles.bincount(minlength=len(self.spec.styles)).tolist())
+
+    def batch(self, index: Tensor, mirrored: Tensor | None = None, crop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Standardised latents (B, C, *space) and styles (B,) of the pictures `index` (B,); mirrored (B,) bool; crop
+        (B,) is 0 for the centre square, or 1 and up."""
+        squares = len(self.latents) // (1 + self.crops)
+        copy = torch.zeros_like(index) if mirrored is None or squares == 1 else mirrored.long()
+        copy = copy if crop is None else copy + squares * crop
         raw = torch.from_numpy(np.ascontiguousarray(self.latents[copy.numpy(), index.numpy()]))
         return self.spec.standardise(raw), self.styles[index]
 
@@ -78,4 +93,4 @@ def load_split(root: Path, meta: StoreMeta, split: str, memory_limit: int | None
     names, spec = meta.split[split], meta.latents
     ids = {style: number for number, style in enumerate(spec.styles)}
     styles = torch.tensor([ids[name.partition("/")[0]] for name in names], dtype=torch.int64)
-    return LatentSplit(spec, store_of(root, meta).load(split, memory_limit), styles, names)
+    return LatentSplit(spec, store_of(root, meta).load(split, memory_limit), styles, names, meta.crops_in(split))

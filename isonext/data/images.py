@@ -1,5 +1,6 @@
 """Pictures: open, orient, crop, pad, save; the contact sheet. Pixels are RGB in [-1, 1], float32, (3, H, W)."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ SUFFIXES: tuple[str, ...] = (*_COMMON, ".avif") if features.check("avif") else _
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383, "AVIF": 65535}  # that the encoders take
 MOST_ENLARGED = 2**25  # pixels: a thin strip enlarged to a given short side would take all memory
 SHOWN_SUFFIXES = 8
+SMALLEST_CROP = 0.6  # of the short side
 GAP = 6  # pixels between the pictures of a sheet
 ACROSS = 8  # pictures in a row of a strip
 
@@ -32,6 +34,21 @@ def square(picture: Image.Image, size: int) -> Image.Image:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+
+
+def random_box(sides: tuple[int, int], name: str, number: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of crop `number` of the picture `name`: a square of 0.6 to 1 of the short side, its
+    size and its place uniform. A function of the two alone, so that a store comes out the same in any order."""
+    digest = hashlib.sha256(f"{name}/{number}".encode(errors="surrogateescape")).digest()
+    size, column, row = (int.from_bytes(digest[start : start + 8], "big") / 2**64 for start in (0, 8, 16))
+    side = min(sides) * (SMALLEST_CROP + (1 - SMALLEST_CROP) * size)
+    left, top = column * (sides[0] - side), row * (sides[1] - side)
+    return left, top, left + side, top + side
+
+
+def random_square(picture: Image.Image, size: int, name: str, number: int) -> Image.Image:
+    """The `random_box` of a picture, resized to `size` x `size`."""
+    return picture.resize((size, size), Image.Resampling.LANCZOS, box=random_box(picture.size, name, number))
 
 
 def open_square(path: Path, size: int) -> Image.Image:

@@ -121,7 +121,7 @@ def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list
     if codec.side not in (None, size):
         raise UserError(f"--target_size {size}: the autoencoder {codec.name} takes pictures of {codec.side} px alone")
     spec = LatentSpec(codec.name, codec.channels, codec.factor, size, styles, autoencoder_digest=codec.digest)
-    meta = StoreMeta(spec, data.flip, layout=data.format)
+    meta = StoreMeta(spec, data.flip, layout=data.format, crops=data.crops)
     old = read_meta(root)
     if old is None:
         refuse_external(root)
@@ -172,20 +172,24 @@ def _continued_styles(root: Path, old: StoreMeta, raw_root: str, styles: list[st
 
 
 class SquarePictures(Dataset):
-    """Decodes and resizes in worker processes: item -> (uint8 (3, size, size), fingerprint), or the reason why not."""
+    """Decodes and resizes in worker processes: item -> (uint8 (1 + crops, 3, size, size), fingerprint), the centre
+    square first, or the reason why not."""
 
-    def __init__(self, paths: list[Path], size: int) -> None:
-        self.paths, self.size = paths, size
+    def __init__(self, todo: list[tuple[str, Path]], size: int, crops: int) -> None:
+        """`todo`: entries and their pictures."""
+        self.todo, self.size, self.crops = todo, size, crops
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.todo)
 
     def __getitem__(self, item: int) -> tuple[int, Tensor | None, list[int] | str]:
-        path = self.paths[item]
+        entry, path = self.todo[item]
         try:
             with images.one_picture(path):
-                source = fingerprint(path)
-                return item, images.to_bytes(images.open_square(path, self.size)), source
+                source, picture = fingerprint(path), images.open_picture(path)
+                squares = [images.square(picture, self.size)]
+                squares += [images.random_square(picture, self.size, entry, number) for number in range(self.crops)]
+                return item, torch.stack([images.to_bytes(square) for square in squares]), source
         except UserError as error:
             return item, None, str(error)
 
@@ -209,7 +213,7 @@ def encode(
         config.training.num_workers, len(own) * batch, math.ceil((os.cpu_count() or 1) / distributed.local_world())
     )
     loader = DataLoader(
-        SquarePictures([path for _, path in todo], config.data.image_size),
+        SquarePictures(todo, config.data.image_size, config.data.crops),
         batch_sampler=own,
         num_workers=workers,
         collate_fn=list,
@@ -242,13 +246,18 @@ def _encoded(
     good = [item for item in items if item[1] is not None]
     if not good:
         return [], bad
-    pixels = images.to_pixels(torch.stack([picture for _, picture, _ in good]).to(device))
-    plain = codec.encode(pixels).cpu()
-    flipped = codec.encode(pixels.flip(-1)).cpu() if flip else [None] * len(good)
+    plain, flipped = [], []
+    for squares in torch.stack([pictures for _, pictures, _ in good], 1):  # of all pictures the same one
+        pixels = images.to_pixels(squares.to(device))
+        plain.append(codec.encode(pixels).cpu())
+        flipped += [codec.encode(pixels.flip(-1)).cpu()] if flip else []
     rows = []
-    for (item, _, source), latent, mirror in zip(good, plain, flipped, strict=True):
+    for place, (item, _, source) in enumerate(good):
         entry, path = todo[item]
-        row = Row(entry, source, latent, mirror)
+        row = Row(entry, source, plain[0][place], flipped[0][place] if flip else None)
+        if len(plain) > 1:
+            row.crops = torch.stack([part[place] for part in plain[1:]])
+            row.crops_flipped = torch.stack([part[place] for part in flipped[1:]]) if flip else None
         if row.is_finite:
             rows.append(row)
         else:

@@ -1,6 +1,7 @@
 """The layout `pt` of a store: one file a picture.
 
-data_root/<style>/<name.jpg>.pt         {"latent": (C, h, w), "flipped": (C, h, w), "source": [bytes, mtime_ns]}
+data_root/<style>/<name.jpg>.pt         {"latent": (C, h, w), "flipped": (C, h, w), "source": [bytes, mtime_ns]}, and
+                                        with N random crops "crops": (N, C, h, w), "crops_flipped": (N, C, h, w)
 data_root/packed-train-0123abcd.npy     a split that memory does not hold, packed to be memory-mapped
 """
 
@@ -15,20 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isonext.data.store import Row, StoreMeta, WritePlan, fingerprint, is_unchanged
+from isonext.data.store import Row, StoreMeta, WritePlan, fingerprint, in_order, is_unchanged
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.io import folder_lock, load_data, remove_unfinished, written_whole
 from isonext.utils.schema import Mismatch, dense, record
 
 PACKING_S = 3600.0  # what a run waits for another one that packs the same split
-LATENT = dense(ndim=3)
+LATENT, CROPS = dense(ndim=3), dense(ndim=4)
+PARTS = ("latent", "crops"), ("flipped", "crops_flipped")  # plain, mirrored
 
 
-def write_latent(path: Path, latent: Tensor, flipped: Tensor | None, source: list[int]) -> None:
-    entry = {"latent": latent.cpu().clone(), "source": source}
-    if flipped is not None:
-        entry["flipped"] = flipped.cpu().clone()
+def write_latent(
+    path: Path,
+    latent: Tensor,
+    flipped: Tensor | None,
+    source: list[int],
+    crops: Tensor | None = None,
+    crops_flipped: Tensor | None = None,
+) -> None:
+    """The parts of a `Row`."""
+    parts = {"latent": latent, "flipped": flipped, "crops": crops, "crops_flipped": crops_flipped}
+    entry: dict = {name: part.cpu().clone() for name, part in parts.items() if part is not None}
+    entry["source"] = source
     with written_whole(path) as beside, open(beside, "wb") as file:
         torch.save(entry, file)  # given a path, torch would write the unfinished file's name into it
 
@@ -38,8 +48,8 @@ def read_latent(path: Path) -> dict:
     entry = load_data(path, "latent of the store")
     try:
         entry = record(latent=LATENT)(entry, "file")
-        if "flipped" in entry:
-            entry["flipped"] = LATENT(entry["flipped"], "flipped")
+        others = {"flipped": LATENT, "crops": CROPS, "crops_flipped": CROPS}
+        entry |= {name: check(entry[name], name) for name, check in others.items() if name in entry}
     except Mismatch as error:
         raise UserError(f"{path}: not a latent of the store ({error}); run preprocess_latents.py again") from None
     return entry
@@ -97,10 +107,19 @@ class PtStore:
             stored = read_latent(path)
         except UserError:  # damaged: encode it again
             return False
-        copies = [part for part in (stored["latent"], stored.get("flipped")) if part is not None]
-        if not all(part.isfinite().all() for part in copies):  # an earlier version let those in
+        copies = self._copies(stored, self.meta.crops)
+        if copies is None or not all(part.isfinite().all() for part in copies):  # an earlier version let those in
             return False
-        return is_unchanged(picture, stored.get("source")) and ("flipped" in stored or not self.meta.flip)
+        return is_unchanged(picture, stored.get("source"))
+
+    def _copies(self, entry: dict, crops: int) -> list[Tensor] | None:
+        """An entry's latents (C, h, w), mirrored ones included; None where it lacks some of them."""
+        parts = PARTS[: self.meta.squares]
+        if any(name not in entry for name, _ in parts):
+            return None
+        if crops and any(name not in entry or len(entry[name]) < crops for _, name in parts):
+            return None
+        return in_order([entry[name] for name, _ in parts], [entry[name] for _, name in parts if crops], crops)
 
     def plan(self, count: int, batch: int) -> WritePlan:
         """For `count` new pictures that are encoded `batch` at once."""
@@ -109,7 +128,8 @@ class PtStore:
     def writes(self, rows: list[Row], plan: WritePlan, piece: int) -> Iterator[tuple]:
         """The calls, function first, that write a piece of the work."""
         for row in rows:
-            yield write_latent, self.root / row.entry, row.latent, row.flipped, row.source
+            parts = row.latent, row.flipped, row.source, row.crops, row.crops_flipped
+            yield write_latent, self.root / row.entry, *parts
 
     def may_write(self, entries: Collection[str], batch: int) -> list[str]:
         """The files that a run on these entries may write, relative to the root."""
@@ -128,30 +148,37 @@ class PtStore:
     #############################################################################
 
     def latents(self, names: list[str]) -> Iterator[Tensor]:
-        """The named entries', mirrored ones included, in parts (n, C, h, w)."""
+        """The named entries', mirrored ones and crops included, in parts (n, C, h, w)."""
         for name in names:
-            entry = read_latent(self.root / name)
-            for part in ("latent", "flipped") if self.meta.flip else ("latent",):
-                if part not in entry:
-                    raise UserError(f"{self.root / name}: lacks {part}; run preprocess_latents.py again")
-                yield entry[part][None]
+            for part in self._read(name, self.meta.crops):
+                yield part[None]
+
+    def _read(self, name: str, crops: int) -> list[Tensor]:
+        """An entry's latents; UserError where they are not those that meta promises."""
+        spec = self.meta.latents
+        copies = self._copies(read_latent(self.root / name), crops)
+        if copies is None or any(copy.shape != (spec.channels, *spec.space) for copy in copies):
+            raise UserError(f"{self.root / name}: does not match meta.json; run preprocess_latents.py again")
+        return copies
 
     def load(self, split: str, memory_limit: int) -> np.ndarray:
         """A split's latents (copies, n, C, h, w), float32: in memory, or above `memory_limit` bytes memory-mapped from
         one packed file, which is written once. Of several processes all must call this."""
         names, spec = self.meta.split[split], self.meta.latents
-        shape = (self.meta.copies, len(names), spec.channels, *spec.space)
+        crops = self.meta.crops_in(split)
+        shape = (self.meta.squares * (1 + crops), len(names), spec.channels, *spec.space)
         for name in names[:1]:  # before memory is had for all of them
-            self._copies(name, shape)
-        if len(names) * self.meta.picture_bytes > memory_limit:
+            self._read(name, crops)
+        if self.meta.split_bytes(split) > memory_limit:
             return self._packed(split, names, shape)
         latents = np.empty(shape, np.float32)
-        self._fill(latents, names)
+        self._fill(latents, names, crops)
         return latents
 
     def _packed(self, split: str, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
         """One `.npy` of the whole split, written anew when any of its files has changed."""
-        state = repr([(name, fingerprint(self.root / name)) for name in names] + [shape])
+        crops = self.meta.crops_in(split)
+        state = repr([(name, fingerprint(self.root / name)) for name in names] + [shape] + [crops] * bool(crops))
         path = self.root / f"packed-{split}-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npy"
         with distributed.in_turn():
             if not path.exists():
@@ -169,19 +196,11 @@ class PtStore:
         with written_whole(path) as beside:
             latents = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
             _reserve(beside)
-            self._fill(latents, names)
+            self._fill(latents, names, self.meta.crops_in(split))
             latents.flush()
 
-    def _fill(self, latents: np.ndarray, names: list[str]) -> None:
+    def _fill(self, latents: np.ndarray, names: list[str], crops: int) -> None:
         """Read the named entries into `latents` (copies, n, C, h, w)."""
         for number, name in enumerate(names):
-            for copy, tensor in enumerate(self._copies(name, latents.shape)):
+            for copy, tensor in enumerate(self._read(name, crops)):
                 latents[copy, number] = tensor.float().numpy()
-
-    def _copies(self, name: str, shape: tuple[int, ...]) -> list[Tensor]:
-        """The latent of an entry and its mirrored one, as a split (copies, n, C, h, w) of `shape` has them."""
-        entry = read_latent(self.root / name)
-        copies = [entry[part] for part in ("latent", "flipped")[: shape[0]] if part in entry]
-        if len(copies) < shape[0] or any(copy.shape != shape[2:] for copy in copies):
-            raise UserError(f"{self.root / name}: does not match meta.json; run preprocess_latents.py again")
-        return copies

@@ -71,7 +71,7 @@ class ShardStore:
                     ) from None
                 path.unlink()
                 continue
-            rows = [row for row in _rows_of(shard, self.meta.copies) if row.entry not in current]
+            rows = [row for row in _rows_of(shard, self.meta) if row.entry not in current]
             rows = [row for row in rows if row.entry in pictures and is_unchanged(pictures[row.entry], row.source)]
             current |= {row.entry for row in rows}
             if not rows:
@@ -111,22 +111,23 @@ class ShardStore:
     #############################################################################
 
     def latents(self, names: list[str]) -> Iterator[Tensor]:
-        """The named entries', mirrored ones included, in parts (n, C, h, w)."""
-        return _parts(self.rows(names))
+        """The named entries', mirrored ones and crops included, in parts (n, C, h, w)."""
+        return _parts(self.rows(names, self.meta.crops))
 
     def load(self, split: str, memory_limit: int) -> np.ndarray | Rows:
         """A split's latents (copies, n, C, h, w), float32: in memory, or above `memory_limit` bytes memory-mapped."""
-        return _loaded_within(memory_limit, self.rows(self.meta.split[split]), self.meta)
+        rows = self.rows(self.meta.split[split], self.meta.crops_in(split))
+        return rows.loaded() if self.meta.split_bytes(split) <= memory_limit else rows
 
-    def rows(self, names: list[str]) -> Rows:
+    def rows(self, names: list[str], crops: int) -> Rows:
         """The named entries' rows, memory-mapped."""
-        shards = read_alike(shard_paths(self.root, OURS), self.meta.copies)
+        shards = read_alike(shard_paths(self.root, OURS), self.meta.squares, crops)
         entries = (entry for shard in shards for entry in shard.pictures)
         places = {entry: number for number, entry in enumerate(entries)}
         missing = [name for name in names if name not in places]
         if missing:
             raise UserError(f"{self.root}: the shards lack {missing[0]!r}; run preprocess_latents.py again")
-        return _chosen_rows(self, shards, [places[name] for name in names])
+        return _chosen_rows(self, shards, [places[name] for name in names], self.meta.squares * (1 + crops))
 
 
 @dataclass
@@ -142,12 +143,13 @@ class ExternalStore:
 
     def load(self, split: str, memory_limit: int) -> np.ndarray | Rows:
         """As `ShardStore.load`."""
-        return _loaded_within(memory_limit, self.rows(self.meta.split[split]), self.meta)
+        rows = self.rows(self.meta.split[split])
+        return rows.loaded() if self.meta.split_bytes(split) <= memory_limit else rows
 
     def rows(self, names: list[str]) -> Rows:
         """The named entries' rows, memory-mapped."""
-        shards = read_alike(shard_paths(self.root), self.meta.copies)
-        return _chosen_rows(self, shards, [int(name.rpartition("/")[2]) for name in names])
+        shards = read_alike(shard_paths(self.root), self.meta.squares)
+        return _chosen_rows(self, shards, [int(name.rpartition("/")[2]) for name in names], self.meta.squares)
 
 
 def refuse_external(root: Path, pattern: str = "*.safetensors") -> None:
@@ -161,28 +163,25 @@ def refuse_external(root: Path, pattern: str = "*.safetensors") -> None:
             raise UserError(f"{path}: is another program's; use another data.data_root for the store")
 
 
-def _rows_of(shard: Shard, copies: int) -> Iterator[Row]:
-    """A shard's rows; none where it has fewer than `copies` copies of them."""
-    if len(shard.copies) < copies:
+def _rows_of(shard: Shard, meta: StoreMeta) -> Iterator[Row]:
+    """A shard's rows; none where it lacks mirrored ones or crops of them."""
+    cut = [part for part in shard.crops[: meta.squares] if part.shape[1] >= meta.crops]
+    if len(shard.copies) < meta.squares or (meta.crops and len(cut) < meta.squares):
         return
-    plain, *flipped = shard.copies
     for number, (entry, source) in enumerate(shard.pictures.items()):
-        yield Row(entry, source, plain[number], flipped[0][number] if flipped else None)
+        parts = shard.row(number)
+        yield Row(entry, source, parts["latent"], *map(parts.get, ("flipped", "crops", "crops_flipped")))
 
 
-def _chosen_rows(store: ShardStore | ExternalStore, shards: list[Shard], numbers: list[int]) -> Rows:
+def _chosen_rows(store: ShardStore | ExternalStore, shards: list[Shard], numbers: list[int], copies: int) -> Rows:
     """Rows by their numbers over all shards, checked against the store's meta."""
     if not shards:
         raise UserError(f"{store.root}: the shards lack every picture; run preprocess_latents.py again")
-    spec, copies = store.meta.latents, store.meta.copies
+    spec = store.meta.latents
     rows = Rows(shards, np.array(numbers, np.int64), copies)
     if (len(shards[0].copies), *rows.shape[2:]) != (copies, spec.channels, *spec.space):
         raise UserError(f"{store.root}: the shards do not match meta.json; run preprocess_latents.py again")
     return rows
-
-
-def _loaded_within(memory_limit: int, rows: Rows, meta: StoreMeta) -> np.ndarray | Rows:
-    return rows.loaded() if rows.shape[1] * meta.picture_bytes <= memory_limit else rows
 
 
 def _parts(rows: Rows) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
     latents (n, C, *space)         raw; float32, in other programs' shards also float16 or bfloat16
     latents_flip (n, C, *space)    of the mirrored pictures, where there are any
+    latents_crops (n, N, C, h, w)  of N random crops of each picture, ours alone; latents_crops_flip, of those mirrored
     labels (n,)                    style ids from 0; or user_ids (n,), from 1
 
 Ours also say, in the file's metadata, which picture each row is of: `pictures`, JSON of {entry: fingerprint}. Stores of
@@ -21,13 +22,19 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from isonext.data.store import Row
+from isonext.data.store import Row, in_order
 from isonext.errors import UserError, first_line
 from isonext.utils.io import natural_order, written_whole
 from isonext.utils.schema import is_inside
 
 OURS = "latents-[0-9]*.safetensors"  # the shards of a store of ours; others beside them are left alone
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # of labels
+PARTS = {  # the tensor of each part of a `Row`
+    "latent": "latents",
+    "flipped": "latents_flip",
+    "crops": "latents_crops",
+    "crops_flipped": "latents_crops_flip",
+}
 LABELS = {"labels": 0, "user_ids": 1}  # the tensor's name, and where its counting starts
 
 
@@ -38,9 +45,15 @@ class Shard:
     labels: Tensor  # (n,) int64, from 0
     first: int  # where the file's own labels start
     pictures: dict[str, list[int]]  # entry -> fingerprint, in the order of rows; empty in other programs' shards
+    crops: list[Tensor]  # (n, N, C, h, w) each: the plain ones, then the mirrored ones, if any
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def row(self, number: int) -> dict[str, Tensor]:
+        """The parts of a `Row`."""
+        names = ("latent", "flipped")[: len(self.copies)] + ("crops", "crops_flipped")[: len(self.crops)]
+        return {name: part[number] for name, part in zip(names, [*self.copies, *self.crops], strict=True)}
 
 
 #################################################################################
@@ -55,11 +68,9 @@ def shard_paths(root: Path, pattern: str = "*.safetensors") -> list[Path]:
 
 
 def write_shard(path: Path, rows: list[Row], styles: list[str]) -> None:
-    """All rows or none have a mirrored latent."""
+    """All rows have the same parts."""
     numbers = {style: number for number, style in enumerate(styles)}
-    tensors = {"latents": torch.stack([row.latent for row in rows])}
-    if rows[0].flipped is not None:
-        tensors["latents_flip"] = torch.stack([row.flipped for row in rows if row.flipped is not None])
+    tensors = {PARTS[name]: torch.stack([row.parts[name] for row in rows]) for name in rows[0].parts}
     tensors["labels"] = torch.tensor([numbers[row.entry.partition("/")[0]] for row in rows])
     pictures = json.dumps({row.entry: row.source for row in rows})
     with written_whole(path) as beside:  # one entry of metadata: the order of several would change from run to run
@@ -71,7 +82,7 @@ def read_shard(path: Path) -> Shard:
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in ("latents", "latents_flip", *LABELS) if name in names}
+            tensors = {name: file.get_tensor(name) for name in (*PARTS.values(), *LABELS) if name in names}
             pictures = json.loads((file.metadata() or {}).get("pictures", "{}"))
     except OSError:
         raise
@@ -89,7 +100,11 @@ def read_shard(path: Path) -> Shard:
     fits = isinstance(pictures, dict) and all(map(is_inside, pictures)) and len(pictures) in (0, len(labels))
     if not fits or not all(map(_is_fingerprint, pictures.values())):
         raise UserError(f"{path}: damaged: it names other pictures than it has rows; run preprocess_latents.py again")
-    return Shard(path, copies, labels.long() - LABELS[kind], LABELS[kind], pictures)
+    crops = [tensors[name] for name in ("latents_crops", "latents_crops_flip") if name in tensors and pictures]
+    form = copies[0].dtype, copies[0].shape
+    if len(crops) > len(copies) or any((part.dtype, part.shape[:1] + part.shape[2:]) != form for part in crops):
+        raise UserError(f"{path}: damaged: its crops are not those of its latents; run preprocess_latents.py again")
+    return Shard(path, copies, labels.long() - LABELS[kind], LABELS[kind], pictures, crops)
 
 
 def _is_fingerprint(source: Any) -> bool:
@@ -119,11 +134,17 @@ def _check_form(path: Path, copies: list[Tensor], labels: Tensor, kind: str) -> 
 #################################################################################
 
 
-def read_alike(paths: list[Path], copies: int = 2) -> list[Shard]:
-    """Shards whose rows can be mixed: of one shape, dtype and kind of labels, all with as many of `copies` copies."""
+def read_alike(paths: list[Path], squares: int = 2, crops: int = 0) -> list[Shard]:
+    """Shards whose rows can be mixed: of one shape, dtype and kind of labels, all with as many copies.
+
+    Their copies are those of `squares` (1: without mirrored ones) and of the first `crops` crops, as far as they are
+    there.
+    """
     shards = [read_shard(path) for path in paths]
     for shard in shards:
-        del shard.copies[copies:]
+        cut = shard.crops[:squares]
+        there = min([crops, *(part.shape[1] for part in cut)])
+        shard.copies = in_order(shard.copies[:squares], cut, there if cut else 0)
 
     def form(shard: Shard) -> dict:
         labels = {start: name for name, start in LABELS.items()}[shard.first]

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,7 @@ class StoreMeta:
     written: list[str] = field(
         default_factory=list
     )  # entries of the split apart, what runs may have written: see `own`
+    crops: int = 0  # random crops of each picture, beside its centre square
 
     @property
     def own(self) -> set[str]:
@@ -148,12 +149,25 @@ class StoreMeta:
 
     @property
     def copies(self) -> int:
-        """Latents a picture: 2 where mirrored ones are stored."""
+        """Latents a picture: of its centre square and its crops, twice as many where mirrored ones are stored."""
+        return self.squares * (1 + self.crops)
+
+    @property
+    def squares(self) -> int:
+        """Latents of its centre square alone: 2 where the mirrored one is stored."""
         return 1 + self.flip
+
+    def crops_in(self, split: str) -> int:
+        """Crops a picture of that split: there are none of held-out pictures, which are measured with."""
+        return self.crops if split == "train" else 0
+
+    def split_bytes(self, split: str) -> int:
+        """Of a split's latents in memory."""
+        return len(self.split[split]) * self.picture_bytes // (1 + self.crops) * (1 + self.crops_in(split))
 
     @property
     def picture_bytes(self) -> int:
-        """Of one picture's latents in memory, in float32, the mirrored one included."""
+        """Of one picture's latents in memory, in float32, mirrored ones and crops included."""
         return 4 * self.copies * self.latents.channels * math.prod(self.latents.space)
 
     def write(self, root: Path) -> None:
@@ -181,6 +195,7 @@ META = {
     "complete": flag,
     "layout": text("pt", "safetensors"),
     "written": listed(_own_file),
+    "crops": whole(0, 64),
 }
 
 
@@ -236,11 +251,25 @@ class Row:
     source: list[int]  # the picture's fingerprint
     latent: Tensor  # (C, h, w)
     flipped: Tensor | None  # of the mirrored picture
+    crops: Tensor | None = None  # (N, C, h, w) of its random crops
+    crops_flipped: Tensor | None = None  # of those, mirrored
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What there is of it, by name."""
+        named = {name: getattr(self, name) for name in ("latent", "flipped", "crops", "crops_flipped")}
+        return {name: part for name, part in named.items() if part is not None}
 
     @property
     def is_finite(self) -> bool:
         """Whether the autoencoder made numbers of the picture."""
-        return all(bool(part.isfinite().all()) for part in (self.latent, self.flipped) if part is not None)
+        return all(bool(part.isfinite().all()) for part in self.parts.values())
+
+
+def in_order(squares: Sequence[Tensor], crops: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Copies (..., C, h, w) in the order in which a split has them: the centre square and its mirror image, then each
+    of the first `count` crops and its mirror image; `crops` are (..., N, C, h, w)."""
+    return [*squares, *(part.select(-4, number) for number in range(count) for part in crops)]
 
 
 @dataclass

@@ -142,10 +142,12 @@ def train_style_classifier(
     seed: int = 0,
     steps: int = 300,
     batch_size: int = 64,
+    largest: int = 96,
 ) -> StyleClassifier:
     """Train on random mirrored crops, each style drawn equally often; deterministic on a CPU.
 
-    Crops are of 7/8 of the side, but of no more than 96 pixels: a style shows in its texture, and time has an end.
+    Crops are of 7/8 of the side, but of no more than `largest` pixels: a style shows in its texture, and time has an
+    end.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -154,7 +156,7 @@ def train_style_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     weights = 1.0 / styles.bincount(minlength=num_styles)[styles].double()
-    crop = min(96, pixels.shape[-1] * 7 // 8)
+    crop = min(largest, pixels.shape[-1] * 7 // 8)
     for _ in range(steps):
         index = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         top, left = torch.randint(0, pixels.shape[-1] - crop + 1, (2,), generator=generator).tolist()

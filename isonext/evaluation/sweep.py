@@ -14,7 +14,7 @@ from isonext.evaluation.options import EvaluateOptions, swept_combinations
 from isonext.evaluation.perceptual import Perceptual
 from isonext.evaluation.report import FILES, report_text, write_report
 from isonext.flow.transfer import TransferSettings
-from isonext.pipeline import Pipeline, load_pipeline, transfer_settings
+from isonext.pipeline import Pipeline, front_line, load_pipeline, transfer_settings
 from isonext.utils.device import pick_device
 from isonext.utils.distributed import refuse_several
 from isonext.utils.io import check_output
@@ -63,7 +63,9 @@ def load_runs(options: EvaluateOptions) -> list[Run]:
         for combination in combinations:
             tree = apply_overrides(config_to_dict(trained), combination.overrides)
             config = config_from_dict(tree, where="settings")
-            settings = transfer_settings(config.inference, combination.strength)
+            settings = transfer_settings(config.inference, combination.strength, front=pipeline.front)
+            if config.inference.cfg_scale == "auto":
+                print(f"{path}: {front_line(pipeline.front)}")
             runs.append(Run(path, pipeline, settings, config))
     return runs
 

@@ -21,7 +21,7 @@ from isonext.inference.options import (
 )
 from isonext.inference.structure_file import SUFFIX, Structure
 from isonext.models.cost import forward_flops
-from isonext.pipeline import Pipeline, load_pipeline, transfer_settings
+from isonext.pipeline import Pipeline, front_line, load_pipeline, transfer_settings
 from isonext.utils import distributed
 from isonext.utils.device import allow_tf32, pick_device
 from isonext.utils.schema import placed
@@ -66,7 +66,7 @@ class Plan:
 def plan_transfer(options: TransferOptions) -> Plan:
     """Everything that can be wrong with the options is found here, before the first picture."""
     pipeline, trained = open_pipeline(options.network)
-    settings = resolve_settings(options.settings, trained, options.network.checkpoint)
+    settings = resolve_settings(options.settings, trained, options.network.checkpoint, front=pipeline.front)
     if settings.inversion == "fixed_point" and options.network.precision == "bf16":
         raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
     source = pipeline.spec.style_id(options.source_style)
@@ -87,7 +87,8 @@ def plan_transfer(options: TransferOptions) -> Plan:
 def plan_restyle(options: RestyleOptions, structure: Structure) -> Plan:
     """The same for a structure that was kept, whose file says where it came from."""
     pipeline, trained = open_pipeline(options.network, structure)
-    settings = resolve_settings(options.settings, trained, options.network.checkpoint, structure.settings)
+    checkpoint, front = options.network.checkpoint, pipeline.front
+    settings = resolve_settings(options.settings, trained, checkpoint, structure.settings, front)
     source = pipeline.spec.style_id(structure.source)
     plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings)
     plan.certificate = Certificate() if options.certify else None
@@ -140,6 +141,7 @@ def resolve_settings(
     trained: dict,  # the checkpoint's config
     checkpoint: str,  # its name, for a message
     legs: TransferSettings | None = None,  # of a kept structure
+    front: dict | None = None,  # of the checkpoint
 ) -> TransferSettings:
     """The checkpoint's (or --config's) inference section, under --set, under the flags; checked like any config.
 
@@ -149,7 +151,9 @@ def resolve_settings(
     tree = apply_overrides(tree, options.overrides)
     tree["inference"] |= options.flags
     inference = config_from_dict(tree, where="inference settings").inference
-    settings = transfer_settings(inference, options.strength, options.seed)
+    settings = transfer_settings(inference, options.strength, options.seed, front)
+    if front and inference.cfg_scale == "auto":
+        print(front_line(front))
     if legs:
         settings = replace(settings, **{name: getattr(legs, name) for name in (*OF_THE_LEGS, "strength", "skip")})
     if settings.guidance == "null" and settings.cfg_scale != 1 and trained["training"]["label_drop_prob"] == 0:

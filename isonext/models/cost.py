@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from isonext.flow.loss import flow_loss
 from isonext.models.dit import Attention
@@ -129,6 +130,14 @@ class _LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self.alive.discard(key)
         self.now -= size
+
+
+def call_flops(call: Callable[[Tensor], object], shape: tuple[int, ...], device: torch.device) -> int:
+    """Floating-point operations of a call without gradients on a float32 tensor of that shape: those of its matrix
+    products and convolutions. `device`: where the call's weights are."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(torch.empty(shape, device=device))
+    return counter.get_total_flops()
 
 
 def step_flops(

@@ -40,6 +40,37 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=seeded(seed, "order", epoch))
 
 
+@functools.lru_cache(maxsize=2)
+def balanced_order(seed: int, epoch: int, drawn: int, counts: tuple[int, ...]) -> Tensor:
+    """(drawn,) what an epoch draws where styles take turns, as places in the pictures sorted by style.
+
+    Turns are counted through from the first epoch on. So each style goes through all of its pictures, in an order that
+    is new every time, before it takes one again, and it is drawn as often as any other to within one.
+    """
+    order, first = torch.empty(drawn, dtype=torch.int64), 0
+    turns = torch.arange(epoch * drawn, (epoch + 1) * drawn)
+    for style, count in enumerate(counts):
+        mine = turns % len(counts) == style
+        draws = turns[mine] // len(counts)  # of this style, counted through
+        if len(draws):
+            rounds = range(int(draws[0]) // count, int(draws[-1]) // count + 1)
+            shuffled = [torch.randperm(count, generator=seeded(seed, f"order {style}", number)) for number in rounds]
+            order[mine] = first + torch.cat(shuffled)[draws - rounds[0] * count]
+        first += count
+    return order
+
+
+def drawn_pictures(split: LatentSplit, training: TrainingConfig, step: int) -> Tensor:
+    """(B,) the pictures of optimiser step `step`. An epoch has as many steps whatever the balance of styles."""
+    size = training.batch_size
+    steps_per_epoch = len(split) // size
+    epoch, place = divmod(step, steps_per_epoch)
+    part = slice(place * size, (place + 1) * size)
+    if training.balance == "natural":
+        return epoch_order(training.seed, epoch, len(split))[part]
+    return split.by_style[balanced_order(training.seed, epoch, steps_per_epoch * size, split.counts)[part]]
+
+
 def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
     """The base that the config asks for, fitted to at most 1024 pictures a style."""
     cells = split.spec.image_size // split.spec.factor
@@ -69,14 +100,14 @@ def draw_batch(
     Random numbers are drawn for the whole batch, so that a row is the same whoever draws it; latents are read and
     standardised for the rows alone, except where noise is paired over the whole batch.
     """
-    steps_per_epoch = len(split) // training.batch_size
-    epoch, place = divmod(step, steps_per_epoch)
-    order = epoch_order(training.seed, epoch, len(split))
-    index = order[place * training.batch_size : (place + 1) * training.batch_size]
+    index = drawn_pictures(split, training, step)
     generator = seeded(training.seed, "batch", step)
     mirrored = torch.rand(len(index), generator=generator) < 0.5
+    crop = torch.zeros_like(index)
+    if split.crops:
+        crop = torch.randint(1 + split.crops, index.shape, generator=generator)
     read = ALL if training.coupling == "ot" else rows
-    x1, style = split.batch(index[read], mirrored[read])
+    x1, style = split.batch(index[read], mirrored[read], crop[read])
     noise = torch.randn(len(index), *x1.shape[1:], generator=generator)[read]
     t = sample_time(len(index), training.time_sampling, generator)
     if training.coupling == "ot":

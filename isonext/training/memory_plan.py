@@ -18,7 +18,7 @@ from isonext.data.store import LatentSpec, StoreMeta, read_meta, shown
 from isonext.errors import UserError
 from isonext.models.cost import COPIES, Footprint, call_bytes, footprint, step_flops
 from isonext.pipeline import load_codec
-from isonext.training.validation import MAX_PREVIEWED, MAX_TRANSFERRED
+from isonext.training.watching import MOST_PREVIEWED, MOST_ROWS, MOST_TRANSFERRED
 from isonext.utils.device import has_bf16
 from model import Recompute, VelocityNetwork, count_parameters
 
@@ -169,8 +169,9 @@ def _known_lines(config: Config, spec: LatentSpec, meta: StoreMeta | None, needs
     """What no card changes."""
     root = config.data.data_root
     if meta:
-        count = sum(len(names) for names in meta.split.values()) * (1 + meta.flip)
-        stored = f"{4 * count * spec.channels * math.prod(spec.space) / GIB:.3g} GiB of RAM, {count} with mirrored ones"
+        count = sum(len(names) * meta.squares * (1 + meta.crops_in(split)) for split, names in meta.split.items())
+        more = "mirrored ones and crops" if meta.crops else "mirrored ones"
+        stored = f"{4 * count * spec.channels * math.prod(spec.space) / GIB:.3g} GiB of RAM, {count} with {more}"
         source = f"from {root}" if meta.complete else f"from {root}, which preprocess_latents.py has not finished"
     else:
         stored = "not known yet"
@@ -226,7 +227,7 @@ def _beside_lines(config: Config, spec: LatentSpec, step: Footprint, bf16: bool)
     weights = _weight_bytes(codec) if codec else 0
     parts = _passing_bytes(config, spec, codec, bf16)
     styles = len(spec.styles)
-    validated = max(math.ceil(MAX_TRANSFERRED / styles), 3 * min(styles, MAX_PREVIEWED))
+    validated = max(math.ceil(MOST_TRANSFERRED / styles), MOST_ROWS * min(styles, MOST_PREVIEWED))
     lines = ["beside the steps              peak memory"]
     for name, pictures, held, done in (  # held: bytes that are there all the time; done: one after another
         ("preprocessing", BATCH, 0, ("encode",)),

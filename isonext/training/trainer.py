@@ -156,7 +156,7 @@ class Trainer:
             return Pipeline(averaged, codec, self.spec, self.device, self.bf16, base=self.base)
 
         splits = self.train, self.val
-        return Validation(*splits, self.base, training.seed, self.config.inference, losses, make_pipeline)
+        return Validation(*splits, self.base, training, self.config.inference, averaged, losses, make_pipeline)
 
     #############################################################################
     #                                 The loop                                  #
@@ -276,15 +276,17 @@ class Trainer:
         training = self.config.training
         self._gather_sums()
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
-            numbers = self.validation.validate(self.gradients.micro_batch.pictures)
+            numbers = self.validation.validate(self.gradients.micro_batch.pictures, epoch, self.finished)
             logbook.write(self.state.step, numbers)
+            if self.finished and self.config.inference.cfg_scale == "auto":
+                self.validation.measure_front()
             sound = not self.state.guard.in_a_row and self._is_finite()
             if sound and numbers.get("val_score", 0) > self.best_score:
                 self.best_score = numbers["val_score"]
                 self.save(self.folder / BEST)
         if logbook and (epoch % training.save_every_epochs == 0 or self.finished):
             self._save_epoch(epoch)
-            self.validation.save_preview(self.folder / f"preview_epoch{epoch}.png")
+            self.validation.save_preview(self.folder / f"preview_epoch{epoch}.png", epoch, self.finished)
         self.accelerator.wait_for_everyone()
 
     def _save_epoch(self, epoch: int) -> None:
@@ -313,6 +315,7 @@ class Trainer:
             epoch=self.state.step // self.steps_per_epoch,
             run=self.run,
             log={"sums": self.quarter_sums.cpu(), "clipped": self.clipped},
+            front=self.validation.front,
             **self.state.to_tree(),
         )
         try:

@@ -204,7 +204,7 @@ def test_a_damaged_shard_is_encoded_again(root, config, cpu, damage):
 
 def test_a_row_of_before_that_is_no_number_is_named(root, config, cpu):
     shard = read_shard(root / SECOND)
-    rows = list(shard_store._rows_of(shard, 2))
+    rows = list(shard_store._rows_of(shard, open_store(root)))
     rows[2].latent = torch.full_like(rows[2].latent, torch.nan)
     write_shard(root / SECOND, rows, ["ink", "oil"])
     with pytest.raises(UserError, match=rf"{root}: the latent of {rows[2].entry} is not finite; delete the store"):

@@ -24,6 +24,7 @@ from isonext.flow.base import Base
 from isonext.flow.solvers import LatticeState
 from isonext.flow.transfer import TransferSettings
 from isonext.inference.structure_file import Structure, _seal, load_structure, refuse_other_shape, save_structure
+from isonext.pipeline import front_line
 from isonext.training.optim import Guard, make_optimizer
 from isonext.training.state import TrainState
 
@@ -48,7 +49,10 @@ def good_checkpoint(tmp_path_factory) -> tuple[Path, dict]:
     shapes = ((2, 12), (2, 12), (2, 3, 12, 2, 2))
     base, guard = Base(0.8, 2, *map(torch.ones, shapes)), {"norms": [1.5], "skipped": 2, "in_a_row": 0}
     weights = model.state_dict()
-    Checkpoint(CONFIG, SPEC, base, "digest", guard, 7, 3, weights, weights, optimizer.state_dict()).save(path)
+    log, point = {"sums": torch.ones(2, 4), "clipped": 1}, {"cfg_scale": 1.0, "style_success": 0.5, "ssim": 0.25}
+    front = {"scale": 1.0, "ceiling": 1.0, "pictures": 4, "points": [point]}
+    own = {"run": "0" * 32, "log": log, "front": front}
+    Checkpoint(CONFIG, SPEC, base, "digest", guard, 7, 3, weights, weights, optimizer.state_dict(), **own).save(path)
     return path, torch.load(path, weights_only=True)
 
 
@@ -61,6 +65,10 @@ def use_checkpoint(path: Path, part: str) -> None:
         checkpoint.base.sample(noise, torch.tensor([0.0, 0.999]), styles)
     Guard(checkpoint.guard).passes(1.0)
     assert checkpoint.step + checkpoint.epoch + checkpoint.ema_head_start < 2**60
+    if checkpoint.log:
+        assert (torch.zeros(2, 4) + checkpoint.log["sums"]).isfinite().all() and checkpoint.log["clipped"] < 2**60
+    if checkpoint.front:
+        assert "\n" not in front_line(checkpoint.front)
     if part == "optimizer":
         state = TrainState.start(model.requires_grad_(), checkpoint.config.training)
         state.load_tree(vars(checkpoint), path)
@@ -82,7 +90,7 @@ def matters(part: str, rest: tuple) -> bool:
 
 
 PARTS = ("config", "latents", "base", "store", "guard", "step", "epoch", "model", "ema", "optimizer", "ema_head_start",
-         "version", "format")  # fmt: skip
+         "run", "log", "front", "version", "format")  # fmt: skip
 
 
 @pytest.mark.parametrize("part", PARTS)

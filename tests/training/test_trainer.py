@@ -1,6 +1,5 @@
 import copy
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -17,10 +16,8 @@ from isonext.config import TrainingConfig
 from isonext.data.dataset import LatentSplit
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
-from isonext.evaluation import evaluator
-from isonext.evaluation.metrics import train_style_classifier
 from isonext.flow.base import Base, low_band
-from isonext.training import batches, memory_plan
+from isonext.training import batches, memory_plan, validation
 from isonext.training import trainer as trainer_module
 from isonext.training.batches import Batch, draw_batch
 from isonext.training.gradients import GradientAccumulator
@@ -37,7 +34,7 @@ NO_FILES = {"training.save_every_epochs": 100}
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
     """How well validations tell the styles apart matters in none of these tests."""
-    monkeypatch.setattr(evaluator, "train_style_classifier", functools.partial(train_style_classifier, steps=12))
+    monkeypatch.setitem(validation.CLASSIFIER, "steps", 12)
 
 
 @pytest.fixture

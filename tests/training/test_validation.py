@@ -1,6 +1,5 @@
 """The figures of a training run: what they are on networks whose transfers are known, and the best checkpoint."""
 
-import functools
 import json
 import math
 
@@ -12,14 +11,13 @@ from isonext.data.autoencoder import load_autoencoder
 from isonext.data.dataset import LatentSplit
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
-from isonext.evaluation import evaluator
-from isonext.evaluation.metrics import train_style_classifier
 from isonext.flow.base import low_band
 from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import Pipeline
 from isonext.training import validation
 from isonext.training.trainer import Trainer
-from isonext.training.validation import MAX_TRANSFERRED, TransferFigures, can_be_transferred, pick_by_style
+from isonext.training.validation import TransferFigures, can_be_transferred, pick_by_style
+from isonext.training.watching import MOST_TRANSFERRED
 
 STYLES = ("dark", "light", "middle")
 LEVELS = torch.tensor([-0.8, 0.8, 0.0])  # of grey, by which the styles differ and nothing else
@@ -40,7 +38,7 @@ def split(counts: tuple[int, ...], seed: int) -> LatentSplit:
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
     """These styles are told apart at a glance."""
-    monkeypatch.setattr(evaluator, "train_style_classifier", functools.partial(train_style_classifier, steps=60))
+    monkeypatch.setitem(validation.CLASSIFIER, "steps", 60)
 
 
 class Shift(torch.nn.Module):
@@ -96,7 +94,7 @@ def test_the_handful_is_spread_over_styles_and_the_whole_split():
     assert [len(picked[style]) for style in STYLES] == [4, 3, 3]
     whole = split((100, 5, 3), 0)
     assert torch.equal(picked["dark"], whole.batch(torch.tensor([0, 25, 50, 75]))[0])
-    assert MAX_TRANSFERRED >= 2 * 5  # two styles have enough for the probe
+    assert MOST_TRANSFERRED >= 2 * 5  # two styles have enough for the probe
 
 
 #################################################################################
@@ -141,8 +139,8 @@ def test_figures_and_preview_are_of_the_averaged_network(store, make_config, mon
     monkeypatch.setattr(TransferFigures, "measure", lambda _: {})
     monkeypatch.setattr(validation, "draw_preview", lambda pipeline, *_: seen.append(pipeline.model))
     monkeypatch.setattr(validation.images, "save_picture", lambda *_: None)
-    run.validation.validate(4)
-    run.validation.save_preview(store / "preview.png")
+    run.validation.validate(4, 1, last=False)
+    run.validation.save_preview(store / "preview.png", 1, last=False)
     assert len(seen) == 2 and all(network is run.state.ema.model for network in seen)
 
 
@@ -154,7 +152,6 @@ def test_figures_and_preview_are_of_the_averaged_network(store, make_config, mon
 @pytest.fixture
 def scored(store, make_config, monkeypatch):
     """A run of five epochs, validated after each, whose scores are the numbers given."""
-    monkeypatch.setattr(evaluator, "train_style_classifier", lambda *_: None)
 
     def fit(scores: list[float], epochs: int, resume: str | None = None) -> Trainer:
         left = iter(scores)
