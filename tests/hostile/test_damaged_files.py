@@ -144,9 +144,10 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_had(goo
 def good_store(tmp_path_factory) -> tuple[Path, dict]:
     root = tmp_path_factory.mktemp("store") / "latents"
     for number, entry in enumerate(ENTRIES):
-        write_latent(root / entry, torch.full((12, 4, 4), float(number)), torch.ones(12, 4, 4), [1, 2])
+        crops = torch.ones(1, 12, 4, 4)
+        write_latent(root / entry, torch.full((12, 4, 4), float(number)), torch.ones(12, 4, 4), [1, 2], crops, crops)
     counts = {style: {"train": 1, "val": 0} for style in SPEC.styles}
-    StoreMeta(SPEC, True, {"train": ENTRIES, "val": []}, counts, complete=True).write(root)
+    StoreMeta(SPEC, True, {"train": ENTRIES, "val": []}, counts, complete=True, crops=1).write(root)
     return root, json.loads((root / "meta.json").read_text())
 
 
@@ -184,7 +185,7 @@ def test_an_entry_of_a_split_may_not_leave_the_store(good_store, entry):
     (root / "meta.json").write_text(json.dumps(tree))
 
 
-@pytest.mark.parametrize("part", ["latent", "flipped", "source"])
+@pytest.mark.parametrize("part", ["latent", "flipped", "source", "crops", "crops_flipped"])
 def test_a_latent_with_one_wrong_field_is_one_line_or_a_latent(good_store, monkeypatch, part):
     root, _ = good_store
     path, faults = root / ENTRIES[0], []
@@ -220,6 +221,24 @@ def test_a_shard_with_one_wrong_tensor_is_one_line_or_rows(tmp_path, part):
         fault = judge(lambda: read_alike([path]), path) or judge(lambda: survey(tmp_path, CONFIG), path)
         faults += [f"{name}: {fault}"] if fault else []
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("part", ["latents_crops", "latents_crops_flip"])
+def test_a_shard_with_wrong_crops_is_one_line_or_rows(tmp_path, part):
+    path, faults, tensors = tmp_path / "latents-00000.safetensors", [], wrong_tensors()
+    crops = {name: torch.ones(2, 1, 12, 4, 4) for name in ("latents_crops", "latents_crops_flip")}
+    pictures = {"pictures": json.dumps({entry: [1, 2] for entry in ENTRIES})}
+    counts = {style: {"train": 1, "val": 0} for style in SPEC.styles}
+    split = {"train": ENTRIES, "val": []}
+    StoreMeta(SPEC, True, split, counts, complete=True, layout="safetensors", crops=1).write(tmp_path)
+    halves = {"halves": torch.ones(2, 1, 12, 4, 4).half(), "none": torch.ones(2, 0, 12, 4, 4)}
+    for name, value in ({name: tensors[name] for name in STORED} | halves | {"missing": ...}).items():
+        save_file(with_field(SHARD | crops, (part,), value), path, pictures)
+        fault = judge(lambda: open_all(tmp_path), path)
+        faults += [f"{name}: {fault}"] if fault else []
+    assert not faults, "\n".join(faults)
+    save_file(SHARD | crops, path, pictures)
+    open_all(tmp_path)
 
 
 def test_a_shard_with_other_names_of_pictures_is_one_line_or_rows(tmp_path):
