@@ -65,6 +65,7 @@ def use_checkpoint(path: Path, part: str) -> None:
         checkpoint.base.sample(noise, torch.tensor([0.0, 0.999]), styles)
     Guard(checkpoint.guard).passes(1.0)
     assert checkpoint.step + checkpoint.epoch + checkpoint.ema_head_start < 2**60
+    assert len(checkpoint.run.encode()) < 256
     if checkpoint.log:
         assert (torch.zeros(2, 4) + checkpoint.log["sums"]).isfinite().all() and checkpoint.log["clipped"] < 2**60
     if checkpoint.front:

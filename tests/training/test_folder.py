@@ -19,7 +19,7 @@ KEPT = {"training.keep_checkpoints": 2, "training.val_every_epochs": 100, "train
 
 @pytest.fixture(autouse=True)
 def no_sheets(monkeypatch):
-    monkeypatch.setattr("isonext.training.validation.Validation.save_preview", lambda self, path: None)
+    monkeypatch.setattr("isonext.training.validation.Validation.save_preview", lambda *_: None)
     monkeypatch.setattr("isonext.training.validation.can_be_transferred", lambda val: False)
 
 
