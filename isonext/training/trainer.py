@@ -212,8 +212,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """Make the folder this run's. What it saved after a checkpoint that was asked for by name is another branch."""
-        for left in move_others_aside(self.folder, self.run):
-            print(f"what was there of another run now lies in {left}")
+        for other in move_others_aside(self.folder, self.run):
+            print(f"what was there of another run now lies in {other}")
         write_run(self.folder, self.run)
         if self.branches_from is None:
             return
