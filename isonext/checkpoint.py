@@ -21,7 +21,7 @@ from isonext.errors import UserError, brief, first_line
 from isonext.flow.base import Base
 from isonext.models.dit import DiT
 from isonext.utils.io import load_data, written_whole
-from isonext.utils.schema import Mismatch, dense, listed, made_of, mapped, number, record, text, whole
+from isonext.utils.schema import Mismatch, dense, listed, made_of, mapped, not_negative, number, record, text, whole
 from model import IsoNext, VelocityNetwork
 
 FORMAT = 2  # 1 was without base (white noise), store and guard
@@ -37,6 +37,21 @@ def _guard(value: Any, where: str) -> dict:
     return record(norms=listed(number(0, 1e38)), skipped=whole(), in_a_row=whole())(value, where)
 
 
+def _log(value: Any, where: str) -> dict:
+    """What the next line of the log counts; nothing in a checkpoint from before there was any."""
+    if isinstance(value, dict) and not value:
+        return value
+    return record(sums=not_negative((2, 4)), clipped=whole())(value, where)
+
+
+def _moments(value: Any, where: str) -> dict:
+    """AdamW's of one parameter; which there must be, training/state.py knows."""
+    found = mapped(dense())(value, where)
+    for name in found.keys() & {"step", "exp_avg_sq"}:  # roots are taken of both
+        not_negative()(found[name], f"{where}.{name}")
+    return found
+
+
 ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on each other
     "store": text(),
     "guard": _guard,
@@ -45,10 +60,12 @@ ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on
     "model": mapped(dense()),
     "ema": mapped(dense()),
     "optimizer": record(
-        state=mapped(mapped(dense()), key=whole()),
+        state=mapped(_moments, key=whole()),
         param_groups=listed(record(params=listed(whole()), lr=number(0, 1e4))),
     ),
     "ema_head_start": whole(),
+    "run": text(),
+    "log": _log,
     "version": text(),
 }
 BASE = {"strength": number(0, 1), "cells": whole(1, 64)} | dict.fromkeys(("mean", "deviation", "layouts"), dense())

@@ -21,7 +21,7 @@ from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
 from isonext.pipeline import Pipeline, load_codec
 from isonext.training.batches import Batch, base_of
-from isonext.training.folder import identify, is_finite, last_good, new_run, set_aside, write_run
+from isonext.training.folder import identify, is_finite, last_good, move_others_aside, new_run, set_aside, write_run
 from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import Logbook
 from isonext.training.memory_plan import (
@@ -212,6 +212,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """Make the folder this run's. What it saved after a checkpoint that was asked for by name is another branch."""
+        for other in move_others_aside(self.folder, self.run):
+            print(f"what was there of another run now lies in {other}")
         write_run(self.folder, self.run)
         if self.branches_from is None:
             return

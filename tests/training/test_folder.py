@@ -106,6 +106,31 @@ def test_a_checkpoint_from_before_there_were_ids_goes_on_where_it_lies_and_nowhe
     assert load_checkpoint(a / "stage1_epoch3.pt").run == resumed.run == read_run(a) != ""
 
 
+def test_a_log_that_is_there_before_a_run_begins_is_moved_aside_and_said(config, store, capsys):
+    killed = Trainer(config())  # before its first checkpoint
+    killed.fit(stop=lambda: killed.state.step == 3, quiet=True)
+    run = killed.folder
+    (run / INTERRUPTED).unlink()
+    first, second = (run / "metrics.jsonl").read_bytes(), b"a user's notes\n"
+    capsys.readouterr()
+    train(config(), quiet=True)
+    assert (run / "metrics_before_1.jsonl").read_bytes() == first != b""
+    out = capsys.readouterr().out
+    assert out.count("metrics_before_1.jsonl") == 1 and not (run / "run_before_1.json").exists()
+    for path in epoch_checkpoints(run):
+        path.rename(store / path.name)
+    (run / "metrics.jsonl").write_bytes(second)
+    (run / RUN).write_bytes(b'{"run": "of a user", "miles": 7}')
+    train(config(), str(store / "stage1_epoch1.pt"), quiet=True)
+    assert (run / "metrics_before_1.jsonl").read_bytes() == first
+    assert (run / "metrics_before_2.jsonl").read_bytes() == second
+    assert (run / "run_before_1.json").read_bytes() == b'{"run": "of a user", "miles": 7}'
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == [5, 6, 7, 8]
+    before = contents(run)["metrics.jsonl"]
+    train(config(), "newest", quiet=True)  # a run that goes on keeps its own log where it is
+    assert contents(run)["metrics.jsonl"] == before and not (run / "metrics_before_3.jsonl").exists()
+
+
 def test_a_second_training_in_one_folder_is_one_line_and_a_killed_one_leaves_no_lock(store, tmp_path):
     script = tmp_path / "holds.py"
     script.write_text(
