@@ -42,6 +42,7 @@ WRITTEN = {
     "samples.json",
     "transfers.json",
     "run.json",
+    "run_before_1.json",
     "metrics.json",
     "report.md",
     "users.json",
