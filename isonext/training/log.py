@@ -25,6 +25,7 @@ class Logbook:
             beside.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
         self.earlier = earlier
         self.events = folder / "tensorboard"
+        self.failure: OSError | None = None  # of TensorBoard's thread
         self.earlier_hook = threading.excepthook
         threading.excepthook = self._hear_thread
         with _as_write_error(self.events):
@@ -44,12 +45,15 @@ class Logbook:
     def close(self) -> None:
         with _as_write_error(self.events):
             self.board.close()
+            if self.failure:
+                raise self.failure
         threading.excepthook = self.earlier_hook
 
     def _hear_thread(self, failure: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread raises its error once more in `write` or `close`: no traceback of it here."""
-        of_board = type(failure.thread).__module__.startswith("tensorboard.")
-        if not (of_board and isinstance(failure.exc_value, OSError)):
+        """TensorBoard raises its thread's error once more in `write`, and we do in `close`: no traceback of it here."""
+        if type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError):
+            self.failure = failure.exc_value
+        else:
             self.earlier_hook(failure)
 
 
