@@ -41,6 +41,8 @@ from isonext.utils.device import allow_tf32, free_bytes, has_bf16, prepare_proce
 from isonext.utils.io import remove_unfinished
 from model import VelocityNetwork, count_parameters
 
+LOWER_RATE = "resume with a lower --set training.learning_rate or --set training.use_amp=false"  # where a run diverges
+
 #################################################################################
 #                                    The run                                    #
 #################################################################################
@@ -95,7 +97,7 @@ class Trainer:
             model, self.train, self.base, training, self.accelerator, self.bf16, micro_batch
         )
         self.gradients.prepare(self.state.step, compiled=training.compile and not self.finished)
-        self.stopped = 0  # by a signal: the exit status
+        self.stopped = 0  # the exit status: of a signal, or 1 where the last epoch could not be saved
         self.validation = self._make_validation()
 
     @property
@@ -238,6 +240,10 @@ class Trainer:
     def _is_finite(self) -> bool:
         return is_finite(self.state.model.state_dict(), self.state.ema.model.state_dict())
 
+    def _is_sound(self) -> bool:
+        """Whether an epoch may be saved: the last step was taken, and the weights are finite."""
+        return not self.state.guard.in_a_row and self._is_finite()
+
     def _last_good(self) -> str:
         good = last_good(self.folder)
         return f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
@@ -245,8 +251,7 @@ class Trainer:
     def _diverged(self) -> str:
         return (
             f"the gradient was not finite, or leapt, in {self.state.guard.in_a_row} steps in a row up to "
-            f"step {self.state.step}; {self._last_good()}: resume with a lower --set training.learning_rate "
-            "or --set training.use_amp=false"
+            f"step {self.state.step}; {self._last_good()}: {LOWER_RATE}"
         )
 
     def _agree(self, status: int) -> int:
@@ -280,28 +285,26 @@ class Trainer:
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
             numbers = self.validation.validate(self.gradients.micro_batch.pictures)
             logbook.write(self.state.step, numbers)
-            sound = not self.state.guard.in_a_row and self._is_finite()
-            if sound and numbers.get("val_score", 0) > self.best_score:
+            if self._is_sound() and numbers.get("val_score", 0) > self.best_score:
                 self.best_score = numbers["val_score"]
                 self.save(self.folder / BEST)
         if logbook and (epoch % training.save_every_epochs == 0 or self.finished):
             self._save_epoch(epoch)
             self.validation.save_preview(self.folder / f"preview_epoch{epoch}.png")
+        if self.finished and not self._is_sound():
+            self.stopped = 1
         self.accelerator.wait_for_everyone()
 
     def _save_epoch(self, epoch: int) -> None:
-        """Save, and delete the oldest. What may be broken is not saved, and nothing makes room for it: where the last
-        step was refused, only the end of the run is saved, beside all others."""
-        refused = self.state.guard.in_a_row
-        if not self._is_finite() or (refused and not self.finished):
+        """Save, and delete the oldest. What may be broken is not saved, and nothing makes room for it."""
+        if not self._is_sound():
+            refused = self.state.guard.in_a_row
             why = f"the last {refused} steps were refused" if refused else "the weights are not finite"
-            print(f"warning: epoch {epoch} is not saved: {why}; {self._last_good()}")
+            advice = f": {LOWER_RATE}" if self.finished else ""
+            print(f"warning: epoch {epoch} is not saved: {why}; {self._last_good()}{advice}")
             return
         self.save(self.folder / f"stage1_epoch{epoch}.pt")
         (self.folder / INTERRUPTED).unlink(missing_ok=True)
-        if refused:
-            print(f"warning: the last {refused} steps were refused: look at the loss before this checkpoint is used")
-            return
         for old in epoch_checkpoints(self.folder)[: -self.config.training.keep_checkpoints]:  # [:-0] is none
             old.unlink()
 

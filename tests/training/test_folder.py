@@ -190,6 +190,29 @@ def test_while_steps_are_refused_nothing_is_saved_nor_deleted_and_the_last_good_
     assert "warning: epoch 3 is not saved: the last 4 steps were refused; " in capsys.readouterr().out
 
 
+def test_a_run_whose_last_steps_are_refused_ends_without_its_last_epoch_and_with_status_1(config, monkeypatch, capsys):
+    run = train(config(), quiet=True).folder
+    before = {name: (run / name).read_bytes() for name in names(run)}
+    broken = Trainer(config({"training.stage1_epochs": 3}), "newest")
+    real = broken.gradients.compute
+
+    def compute(step):
+        sums = real(step)
+        if step >= 10:  # of 8 to 11
+            broken.state.model.head.bias.grad.fill_(torch.nan)
+        return sums
+
+    monkeypatch.setattr(broken.gradients, "compute", compute)
+    broken.fit(quiet=True)
+    assert broken.finished and broken.stopped == 1
+    assert {name: (run / name).read_bytes() for name in names(run)} == before and not (run / INTERRUPTED).exists()
+    said = capsys.readouterr().out
+    assert "epoch 3 is not saved: the last 2 steps were refused; the last good checkpoint is " in said
+    assert f"{run / 'stage1_epoch2.pt'}: resume with a lower --set training.learning_rate" in said
+    again = train(config({"training.stage1_epochs": 3}), "newest", quiet=True)
+    assert again.stopped == 0 and names(run)[-1] == "stage1_epoch3.pt"
+
+
 def test_weights_that_are_not_finite_are_never_saved_and_never_called_good(config, capsys):
     run = train(config(), quiet=True).folder
     broken = Trainer(config({"training.stage1_epochs": 3}), "newest")
