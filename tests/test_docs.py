@@ -44,7 +44,6 @@ WRITTEN = {
     "metrics_before_1.jsonl",
     "run_before_1.json",
     "run.json",
-    "run_before_1.json",
     "metrics.json",
     "report.md",
     "users.json",

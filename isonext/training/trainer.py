@@ -38,7 +38,7 @@ from isonext.training.validation import Validation
 from isonext.utils import distributed
 from isonext.utils.cli import stop_signals
 from isonext.utils.device import allow_tf32, free_bytes, has_bf16, prepare_process
-from isonext.utils.io import remove_unfinished
+from isonext.utils.io import refuse_inside, remove_unfinished
 from model import VelocityNetwork, count_parameters
 
 LOWER_RATE = "resume with a lower --set training.learning_rate or --set training.use_amp=false"  # where a run diverges
@@ -370,7 +370,9 @@ def train(
     """Run (or go on with) the training that `config` describes, see `Trainer`; Ctrl-C and SIGTERM save first."""
     # DDP warns of the memory layout of depthwise weights (stride of a dimension of 1), which costs it nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    folder = Path(config.checkpoint.save_dir)
+    folder, data = Path(config.checkpoint.save_dir), config.data
+    for root, key in ((data.raw_data_root, "data.raw_data_root"), (data.data_root, "data.data_root")):
+        refuse_inside(str(folder), "checkpoint.save_dir", root, key)
     with stop_signals() as stop, distributed.folder_lock(folder), distributed.peers_needed():
         trainer = Trainer(config, resume, init, autoencoder)
         trainer.accelerator.print(trainer.describe())

@@ -283,3 +283,10 @@ def test_a_launchers_variables_change_neither_gradients_nor_compilation(monkeypa
 
 def test_the_gradients_lie_in_ddps_buckets_and_not_beside_them():
     assert join_processes().ddp_handler.gradient_as_bucket_view  # else a copy that no estimate counts
+
+
+@pytest.mark.parametrize("place", ["raw/run", "latents", "latents/run"])
+def test_a_run_inside_the_pictures_or_the_store_is_refused(config, store, place):
+    with pytest.raises(UserError, match=r"checkpoint\.save_dir = .*: lies in data\."):
+        train(config({}, place), quiet=True)
+    assert not (store / "raw" / "run").exists() and not (store / "latents" / "run").exists()
