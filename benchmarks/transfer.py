@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -23,14 +24,16 @@ from isonext.utils.device import device_name, pick_device
 PARTS = ("encode", "invert", "generate", "decode")
 
 
-def time_parts(pipeline: Pipeline, pixels: torch.Tensor, settings: TransferSettings) -> tuple[list[float], int]:
+def time_parts(
+    pipeline: Pipeline, pixels: torch.Tensor, settings: TransferSettings, clock: Callable[[], float]
+) -> tuple[list[float], int]:
     """Seconds of each of `PARTS` for a batch of pixels, and the network evaluations a picture."""
     marks = []
 
     def mark() -> None:
         if pipeline.device.type == "cuda":
             torch.cuda.synchronize(pipeline.device)
-        marks.append(time.perf_counter())
+        marks.append(clock())
 
     mark()
     latents = pipeline.encode(pixels)
@@ -55,6 +58,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{args.checkpoint}: has one style, and a transfer needs two")
     if args.compile:
         pipeline.compile()
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     settings, side = transfer_settings(config.inference, front=pipeline.front), args.side or config.data.image_size
     name = device_name(pipeline.device)
     print(f"{name}; {side} px, {settings.method}, scale {settings.cfg_scale:g}, compiled: {args.compile}")
@@ -62,8 +66,8 @@ def main(args: argparse.Namespace) -> int:
     rows = []
     for batch in args.batch_sizes:
         pixels = torch.rand(batch, 3, side, side) * 2 - 1
-        time_parts(pipeline, pixels, settings)  # warms up, and compiles
-        rounds = [time_parts(pipeline, pixels, settings) for _ in range(args.rounds)]
+        time_parts(pipeline, pixels, settings, clock)  # warms up, and compiles
+        rounds = [time_parts(pipeline, pixels, settings, clock) for _ in range(args.rounds)]
         parts = [1000 * statistics.median(times) for times in zip(*(times for times, _ in rounds), strict=True)]
         whole = 1000 * statistics.median(sum(times) for times, _ in rounds)
         print(f"{batch:5}" + "".join(f"{ms:11.1f}" for ms in (*parts, whole)) + f"   {1000 * batch / whole:.2f}")
@@ -79,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32], help="pictures at once")
     parser.add_argument("--side", type=int, help="pixels; by default those of training")
     parser.add_argument("--rounds", type=int, default=5, help="timed transfers")
+    parser.add_argument("--cpu_time", action="store_true", help="of this thread, where others work beside it")
     parser.add_argument("--compile", action="store_true", help="torch.compile first, which is not timed")
     add_device_flags(parser)
     return parser

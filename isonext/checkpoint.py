@@ -21,7 +21,19 @@ from isonext.errors import UserError, brief, first_line
 from isonext.flow.base import Base
 from isonext.models.dit import DiT
 from isonext.utils.io import load_data, written_whole
-from isonext.utils.schema import Check, Mismatch, dense, listed, made_of, mapped, number, record, text, whole
+from isonext.utils.schema import (
+    Check,
+    Mismatch,
+    dense,
+    listed,
+    made_of,
+    mapped,
+    not_negative,
+    number,
+    record,
+    text,
+    whole,
+)
 from model import IsoNext, VelocityNetwork
 
 FORMAT = 2  # 1 was without base (white noise), store and guard
@@ -35,11 +47,12 @@ def _or_nothing(check: Check) -> Check:
     return lambda value, where: {} if isinstance(value, dict) and not value else check(value, where)
 
 
-def _sums(value: Any, where: str) -> Tensor:
-    sums = dense(2)(value, where)
-    if sums.shape != (2, 4):
-        raise Mismatch(where, tuple(sums.shape), "of shape (2, 4): losses and counts by quarter of t")
-    return sums
+def _moments(value: Any, where: str) -> dict:
+    """AdamW's of one parameter; which there must be, training/state.py knows."""
+    found = mapped(dense())(value, where)
+    for name in found.keys() & {"step", "exp_avg_sq"}:  # roots are taken of both
+        not_negative()(found[name], f"{where}.{name}")
+    return found
 
 
 ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on each other
@@ -50,12 +63,12 @@ ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on
     "model": mapped(dense()),
     "ema": mapped(dense()),
     "optimizer": record(
-        state=mapped(mapped(dense()), key=whole()),
+        state=mapped(_moments, key=whole()),
         param_groups=listed(record(params=listed(whole()), lr=number(0, 1e4))),
     ),
     "ema_head_start": whole(),
-    "run": text(longest=64),
-    "log": _or_nothing(record(sums=_sums, clipped=whole())),
+    "run": text(),
+    "log": _or_nothing(record(sums=not_negative((2, 4)), clipped=whole())),
     "front": _or_nothing(
         record(
             scale=number(0, 100),

@@ -143,6 +143,37 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_line(checkpoint, tmp_pat
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def moments(tree: dict) -> dict:
+    return tree["optimizer"]["state"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda tree: tree.update(log=None), r"checkpoint\.log = null"),
+        (lambda tree: tree.update(log=[]), r"checkpoint\.log = \[\]"),
+        (lambda tree: tree.update(log={"clipped": 0}), r"checkpoint\.log = .*sums"),
+        (lambda tree: tree["log"].update(sums=torch.zeros(3)), r"checkpoint\.log\.sums = .*of shape \(2, 4\)"),
+        (lambda tree: tree["log"].update(sums=torch.full((2, 4), -1.0)), r"checkpoint\.log\.sums = .*0 or more"),
+        (lambda tree: tree["log"].update(sums=torch.full((2, 4), torch.inf)), r"checkpoint\.log\.sums = .*finite"),
+        (lambda tree: tree["log"].update(clipped="x"), r'checkpoint\.log\.clipped = "x"'),
+        (lambda tree: tree["log"].update(clipped=-1), r"checkpoint\.log\.clipped = -1"),
+        (lambda tree: tree.update(run={}), r"checkpoint\.run = {}"),
+        (lambda tree: tree.update(run=torch.zeros(1)), r'checkpoint\.run = "Tensor"'),
+        (lambda tree: moments(tree)["step"].fill_(-5), r"optimizer\.state\[0\]\.step = .*0 or more"),
+        (lambda tree: moments(tree)["exp_avg_sq"].sub_(1), r"optimizer\.state\[0\]\.exp_avg_sq = .*0 or more"),
+    ],
+)
+def test_an_entry_that_no_run_could_have_written_is_refused_by_its_place(checkpoint, tmp_path, change, place):
+    path = tmp_path / "a.pt"
+    dataclasses.replace(checkpoint, log={"sums": torch.ones(2, 4), "clipped": 3}, run="ab").save(path)
+    tree = torch.load(path, weights_only=True)
+    change(tree)
+    torch.save(tree, path)
+    with pytest.raises(UserError, match=rf"a\.pt: damaged \(.*{place}"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"latent": torch.zeros(1, 2, 2)}, torch.zeros(3), "text"])
 def test_another_file_of_torch_is_no_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")

@@ -41,6 +41,8 @@ WRITTEN = {
     "meta.json",
     "samples.json",
     "transfers.json",
+    "metrics_before_1.jsonl",
+    "run_before_1.json",
     "run.json",
     "metrics.json",
     "report.md",

@@ -27,7 +27,7 @@ from isonext.data.style_folders import find_styles, held_out_hint
 from isonext.errors import UserError
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
-from isonext.utils.io import in_background
+from isonext.utils.io import in_background, refuse_inside
 
 BATCH = 16  # pictures at once, at most; of large ones the autoencoder takes fewer
 LONGEST_NAME = 255  # bytes, on the file systems that are in use
@@ -64,6 +64,7 @@ def preprocess(config: Config, device: torch.device, quiet: bool | None = None, 
     of it are shared out between them, so that the bits are those of one process.
     """
     raw_root = Path(config.data.raw_data_root)
+    refuse_inside(config.data.data_root, "data.data_root", config.data.raw_data_root, "data.raw_data_root")
     left_out: Counter[str] = Counter()
     styles = find_styles(raw_root, config.data.num_classes, left_out)
     pictures = {f"{style}/{name.as_posix()}.pt": raw_root / style / name for style in styles for name in styles[style]}
@@ -106,6 +107,8 @@ def _find_work(data: DataConfig, codec: Autoencoder, styles: list[str], pictures
     root = Path(data.data_root)
     meta = _prepare_meta(root, data, codec, styles)
     store = own_store(root, meta)
+    if data.format == "pt":
+        _refuse_others(root, meta, pictures)
     meta.written = sorted(meta.own | set(store.may_write(pictures, batch)))
     meta.write(root)
     removed, current = store.take_stock(pictures)
@@ -144,6 +147,17 @@ def _prepare_meta(root: Path, data: DataConfig, codec: Autoencoder, styles: list
     meta.written = sorted(old.own)
     spec.autoencoder_digest = old.latents.autoencoder_digest  # of what lies there; before 0.2.0 nobody asked
     return meta
+
+
+def _refuse_others(root: Path, meta: StoreMeta, entries: Iterable[str]) -> None:
+    """UserError where an entry's file is there that no run of this program has written."""
+    if not meta.own and read_meta(root):  # stopped before 0.2.0 wrote down what a run may write
+        return
+    for entry in entries:
+        if entry not in meta.own and (root / entry).exists():
+            raise UserError(
+                f"{root / entry}: is there, and meta.json does not say that this program wrote it; move it away"
+            )
 
 
 def _refuse_foreign(root: Path) -> None:

@@ -73,6 +73,7 @@ class ShardStore:
                 continue
             rows = [row for row in _rows_of(shard, self.meta) if row.entry not in current]
             rows = [row for row in rows if row.entry in pictures and is_unchanged(pictures[row.entry], row.source)]
+            rows = [row for row in rows if row.is_finite]  # else it is damaged, and encoded again
             current |= {row.entry for row in rows}
             if not rows:
                 path.unlink()
@@ -116,7 +117,13 @@ class ShardStore:
 
     def load(self, split: str, memory_limit: int) -> np.ndarray | Rows:
         """A split's latents (copies, n, C, h, w), float32: in memory, or above `memory_limit` bytes memory-mapped."""
-        rows = self.rows(self.meta.split[split], self.meta.crops_in(split))
+        names = self.meta.split[split]
+        rows = self.rows(names, self.meta.crops_in(split))
+        for _, places, part in rows.parts():
+            broken = ~np.isfinite(part).all((1, 2, 3))
+            if broken.any():
+                name = names[places.start + int(broken.argmax())]
+                raise UserError(f"{self.root}: the latent of {name} has numbers that are none; preprocess again")
         return rows.loaded() if self.meta.split_bytes(split) <= memory_limit else rows
 
     def rows(self, names: list[str], crops: int) -> Rows:

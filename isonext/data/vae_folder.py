@@ -11,6 +11,7 @@ from isonext.errors import UserError, first_line
 
 PARTS = ("vae", "vqvae", "movq")  # where a pipeline keeps its autoencoder
 WEIGHTS = "diffusion_pytorch_model"
+MOST_LAYERS, WIDEST = 1000, 2**20
 WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
 
 
@@ -26,6 +27,7 @@ def load_folder(name: str, download: bool) -> Any:
     try:
         part, config = _find_config(name, download)
         rule_of(config.get("_class_name"))
+        _refuse_absurd(config)
         if part:
             print(f"autoencoder {name}: a whole pipeline, of which its {part} is taken", file=sys.stderr)
         options = {"subfolder": part, "local_files_only": not download, "torch_dtype": torch.float32}
@@ -42,6 +44,15 @@ def load_folder(name: str, download: bool) -> Any:
             f"this folder does not load ({first_line(error)})" if Path(name).exists() else _hub_reason(error, download)
         )
         raise UserError(f"autoencoder {name}: {reason}; {WAYS_OUT}") from None
+
+
+def _refuse_absurd(config: dict[str, Any]) -> None:
+    """ValueError where a config asks for layers or widths that no autoencoder has: building them would never end."""
+    for key, value in config.items():
+        bound = MOST_LAYERS if "blocks" in key or "layers" in key else WIDEST
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool) and not abs(number) <= bound:
+                raise ValueError(f"its config has {key} = {number:g}: more than {bound}")
 
 
 def _find_config(name: str, download: bool) -> tuple[str | None, dict[str, Any]]:

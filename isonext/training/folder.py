@@ -1,6 +1,7 @@
 """The folder that a run writes to: whose it is, that one process at a time writes there, and its branches."""
 
 import contextlib
+import itertools
 import json
 import shutil
 import uuid
@@ -41,7 +42,31 @@ def read_run(folder: Path) -> str:
 
 def write_run(folder: Path, run: str) -> None:
     with written_whole(folder / RUN) as beside:
-        beside.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+        beside.write_text(_line_of(run), encoding="utf-8")
+
+
+def _line_of(run: str) -> str:
+    """What RUN holds."""
+    return json.dumps({"run": run}) + "\n"
+
+
+def move_others_aside(folder: Path, run: str) -> list[Path]:
+    """Give the log of another run, and a RUN that no run wrote, a numbered name. Returns the new names.
+
+    Where there are checkpoints `identify` has found that they are `run`'s, and so is the log.
+    """
+    log, mark, holder, others = folder / METRICS, folder / RUN, read_run(folder), []
+    if log.exists() and log.stat().st_size and holder != run and not holds_checkpoints(folder):
+        others.append(log)
+    if mark.exists() and mark.read_text(encoding="utf-8", errors="replace") != _line_of(holder):
+        others.append(mark)
+    return [path.rename(_free_name(path)) for path in others]
+
+
+def _free_name(path: Path) -> Path:
+    """NAME_before_1.SUFFIX, or the first number above that is not taken."""
+    names = (path.with_stem(f"{path.stem}_before_{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def identify(folder: Path, path: Path, checkpoint: Checkpoint) -> str:

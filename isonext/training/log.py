@@ -1,14 +1,18 @@
 """The record of a training run: metrics.jsonl, TensorBoard, and the loss curve as a picture."""
 
+import contextlib
 import json
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+from isonext.errors import WriteError, first_line
 from isonext.utils.io import written_whole
 
 
 class Logbook:
-    """One line of numbers a logging step, to `metrics.jsonl` and to TensorBoard."""
+    """One line of numbers a logging step, to `metrics.jsonl` and to TensorBoard; WriteError where there is no room."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         """Lines later than `resume_step` come from a run that went on past its checkpoint: they are dropped."""
@@ -20,20 +24,46 @@ class Logbook:
         with written_whole(self.path) as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
         self.earlier = earlier
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self.events = folder / "tensorboard"
+        self.failure: OSError | None = None  # of TensorBoard's thread
+        self.earlier_hook = threading.excepthook
+        threading.excepthook = self._hear_thread
+        with _as_write_error(self.events):
+            self.board = SummaryWriter(str(self.events), purge_step=resume_step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with _as_write_error(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | numbers) + "\n")
-        for name, number in numbers.items():
-            self.board.add_scalar(name, number, step)
+        with _as_write_error(self.events):
+            for name, number in numbers.items():
+                self.board.add_scalar(name, number, step)
 
     def largest(self, name: str) -> float:
         """Of what was logged before this run went on; 0 where there is nothing."""
         return max((line[name] for line in self.earlier if name in line), default=0.0)
 
     def close(self) -> None:
-        self.board.close()
+        with _as_write_error(self.events):
+            self.board.close()
+            if self.failure:
+                raise self.failure
+        threading.excepthook = self.earlier_hook
+
+    def _hear_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard raises its thread's error once more in `write`, and we do in `close`: no traceback of it here."""
+        if type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError):
+            self.failure = failure.exc_value
+        else:
+            self.earlier_hook(failure)
+
+
+@contextlib.contextmanager
+def _as_write_error(path: Path) -> Iterator[None]:
+    """Within, what the system refuses to write to `path` is a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(path, error.strerror or first_line(error)) from error
 
 
 def read_metrics(path: Path) -> list[dict]:

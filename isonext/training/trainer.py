@@ -21,7 +21,7 @@ from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
 from isonext.pipeline import Pipeline, load_codec
 from isonext.training.batches import Batch, base_of
-from isonext.training.folder import identify, is_finite, last_good, new_run, set_aside, write_run
+from isonext.training.folder import identify, is_finite, last_good, move_others_aside, new_run, set_aside, write_run
 from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import Logbook
 from isonext.training.memory_plan import (
@@ -38,8 +38,10 @@ from isonext.training.validation import Validation
 from isonext.utils import distributed
 from isonext.utils.cli import stop_signals
 from isonext.utils.device import allow_tf32, free_bytes, has_bf16, prepare_process
-from isonext.utils.io import remove_unfinished
+from isonext.utils.io import refuse_inside, remove_unfinished
 from model import VelocityNetwork, count_parameters
+
+LOWER_RATE = "resume with a lower --set training.learning_rate or --set training.use_amp=false"  # where a run diverges
 
 #################################################################################
 #                                    The run                                    #
@@ -95,7 +97,7 @@ class Trainer:
             model, self.train, self.base, training, self.accelerator, self.bf16, micro_batch
         )
         self.gradients.prepare(self.state.step, compiled=training.compile and not self.finished)
-        self.stopped = 0  # by a signal: the exit status
+        self.stopped = 0  # the exit status: of a signal, or 1 where the last epoch could not be saved
         self.validation = self._make_validation()
 
     @property
@@ -212,6 +214,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """Make the folder this run's. What it saved after a checkpoint that was asked for by name is another branch."""
+        for other in move_others_aside(self.folder, self.run):
+            print(f"what was there of another run now lies in {other}")
         write_run(self.folder, self.run)
         if self.branches_from is None:
             return
@@ -236,6 +240,10 @@ class Trainer:
     def _is_finite(self) -> bool:
         return is_finite(self.state.model.state_dict(), self.state.ema.model.state_dict())
 
+    def _is_sound(self) -> bool:
+        """Whether an epoch may be saved: the last step was taken, and the weights are finite."""
+        return not self.state.guard.in_a_row and self._is_finite()
+
     def _last_good(self) -> str:
         good = last_good(self.folder)
         return f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
@@ -243,8 +251,7 @@ class Trainer:
     def _diverged(self) -> str:
         return (
             f"the gradient was not finite, or leapt, in {self.state.guard.in_a_row} steps in a row up to "
-            f"step {self.state.step}; {self._last_good()}: resume with a lower --set training.learning_rate "
-            "or --set training.use_amp=false"
+            f"step {self.state.step}; {self._last_good()}: {LOWER_RATE}"
         )
 
     def _agree(self, status: int) -> int:
@@ -280,28 +287,26 @@ class Trainer:
             logbook.write(self.state.step, numbers)
             if self.finished and self.config.inference.cfg_scale == "auto":
                 self.validation.measure_front()
-            sound = not self.state.guard.in_a_row and self._is_finite()
-            if sound and numbers.get("val_score", 0) > self.best_score:
+            if self._is_sound() and numbers.get("val_score", 0) > self.best_score:
                 self.best_score = numbers["val_score"]
                 self.save(self.folder / BEST)
         if logbook and (epoch % training.save_every_epochs == 0 or self.finished):
             self._save_epoch(epoch)
             self.validation.save_preview(self.folder / f"preview_epoch{epoch}.png", epoch, self.finished)
+        if self.finished and not self._is_sound():
+            self.stopped = 1
         self.accelerator.wait_for_everyone()
 
     def _save_epoch(self, epoch: int) -> None:
-        """Save, and delete the oldest. What may be broken is not saved, and nothing makes room for it: where the last
-        step was refused, only the end of the run is saved, beside all others."""
-        refused = self.state.guard.in_a_row
-        if not self._is_finite() or (refused and not self.finished):
+        """Save, and delete the oldest. What may be broken is not saved, and nothing makes room for it."""
+        if not self._is_sound():
+            refused = self.state.guard.in_a_row
             why = f"the last {refused} steps were refused" if refused else "the weights are not finite"
-            print(f"warning: epoch {epoch} is not saved: {why}; {self._last_good()}")
+            advice = f": {LOWER_RATE}" if self.finished else ""
+            print(f"warning: epoch {epoch} is not saved: {why}; {self._last_good()}{advice}")
             return
         self.save(self.folder / f"stage1_epoch{epoch}.pt")
         (self.folder / INTERRUPTED).unlink(missing_ok=True)
-        if refused:
-            print(f"warning: the last {refused} steps were refused: look at the loss before this checkpoint is used")
-            return
         for old in epoch_checkpoints(self.folder)[: -self.config.training.keep_checkpoints]:  # [:-0] is none
             old.unlink()
 
@@ -368,7 +373,9 @@ def train(
     """Run (or go on with) the training that `config` describes, see `Trainer`; Ctrl-C and SIGTERM save first."""
     # DDP warns of the memory layout of depthwise weights (stride of a dimension of 1), which costs it nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    folder = Path(config.checkpoint.save_dir)
+    folder, data = Path(config.checkpoint.save_dir), config.data
+    for root, key in ((data.raw_data_root, "data.raw_data_root"), (data.data_root, "data.data_root")):
+        refuse_inside(str(folder), "checkpoint.save_dir", root, key)
     with stop_signals() as stop, distributed.folder_lock(folder), distributed.peers_needed():
         trainer = Trainer(config, resume, init, autoencoder)
         trainer.accelerator.print(trainer.describe())

@@ -77,6 +77,12 @@ def check_output(folder: Path, *names: str) -> None:
         raise UserError(f"{folder}: {there} may not be written to; give another folder for the output")
 
 
+def refuse_inside(folder: str, key: str, root: str, root_key: str) -> None:
+    """UserError where a folder of the config lies in another one, whose folders would be taken for styles."""
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
+        raise UserError(f"{key} = {folder}: lies in {root_key} = {root}, whose folders are styles; choose another one")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed `written_whole` left in `folder`, known by its mark; what others left there stays."""
     for leftover in folder.glob(f".*{MARK}*"):

@@ -153,6 +153,20 @@ def dense(ndim: int | None = None, dtypes: Iterable[torch.dtype] = FLOATS) -> Ch
     return check
 
 
+def not_negative(shape: tuple[int, ...] | None = None) -> Check:
+    """A dense tensor without a number below 0; of this shape, where one is given."""
+
+    def check(value: Any, where: str) -> Tensor:
+        found = dense()(value, where)
+        if shape not in (None, tuple(found.shape)):
+            raise Mismatch(where, tuple(found.shape), f"of shape {shape}")
+        if (found < 0).any():
+            raise Mismatch(where, found.min().item(), "0 or more")
+        return found
+
+    return check
+
+
 def is_one_line(value: str) -> bool:
     """Whether a text is printed as one line, and can be encoded: no control characters, no halves of letters."""
     return value.isprintable() or not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value)

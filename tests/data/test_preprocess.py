@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from helpers import ROOT, call
 from isonext.config import config_to_dict
@@ -437,10 +440,15 @@ def held(root: Path, names: dict[str, bytes]) -> dict[str, bytes]:
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
 @pytest.mark.parametrize("where", ["raw", "other"])
 def test_a_folder_that_is_not_empty_and_no_store_is_refused_and_keeps_its_files(store, make_config, cpu, where, form):
+    why = (
+        "lies in data.raw_data_root"
+        if where == "raw"
+        else r"is no latent store and not empty \(ink\); give data\.data_root"
+    )
     put(store / where, ".todo.tmpl", "ink/weights/mynet.pt")
     before = snapshot(store / where)
     config = make_config(store, {"data.data_root": str(store / where), "data.format": form})
-    with pytest.raises(UserError, match=rf"{where}: is no latent store and not empty \(ink\); give data\.data_root"):
+    with pytest.raises(UserError, match=rf"{where}: {why}"):
         preprocess(config, cpu, quiet=True)
     assert snapshot(store / where) == before
 
@@ -461,6 +469,45 @@ def test_files_of_others_in_a_store_survive_all_that_it_does(store, draw, make_c
     load_split(root, open_store(root), "train", memory_limit=0)
     assert held(root, theirs) == theirs
     assert not (root / "ink" / "3.png.pt").exists() and not (root / "ink" / "5.png.pt").exists()
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_file_of_others_under_an_entrys_name_is_refused_before_any_work(store, draw, make_config, cpu, readable):
+    theirs = store / "latents" / "ink" / "new.png.pt"
+    theirs.write_bytes(b"mine")
+    draw(store / "raw" / "ink" / "new.png", seed=5)
+    if not readable:
+        (store / "raw" / "ink" / "new.png").write_text("no picture")
+    before = snapshot(store / "latents")
+    with pytest.raises(UserError, match=r"new\.png\.pt: is there, and meta\.json does not say that this program wrote"):
+        preprocess(make_config(store), cpu, quiet=True)
+    assert snapshot(store / "latents") == before
+
+
+def test_a_store_inside_the_pictures_would_be_a_style_and_is_refused(store, make_config, cpu):
+    (store / "link").symlink_to(store / "raw")
+    for place in ("raw", "raw/lat", "link/lat"):
+        with pytest.raises(UserError, match=r"data\.data_root = .*: lies in data\.raw_data_root"):
+            preprocess(make_config(store, {"data.data_root": str(store / place)}), cpu, quiet=True)
+    assert not (store / "raw" / "lat").exists()
+
+
+def test_a_latent_in_a_shard_that_is_no_number_is_named_and_encoded_again(store, make_config, cpu):
+    config = make_config(store, {"data.format": "safetensors", "data.data_root": str(store / "shards")})
+    preprocess(config, cpu, quiet=True)
+    path = store / "shards" / "latents-00000.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    names = list(json.loads(metadata["pictures"]))
+    meta = read_meta(store / "shards")
+    broken = next(number for number, name in enumerate(names) if name in meta.split["train"])
+    tensors["latents"][broken, 0, 1, 1] = torch.nan
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=rf"the latent of {re.escape(names[broken])} has numbers that are none"):
+        load_split(store / "shards", meta, "train")
+    report = preprocess(config, cpu, quiet=True)
+    assert (report.encoded, report.kept) == (1, 19)
+    assert np.isfinite(load_split(store / "shards", read_meta(store / "shards"), "train").latents[:]).all()
 
 
 def test_what_a_stopped_run_wrote_goes_with_its_picture(store, make_config, cpu, monkeypatch):

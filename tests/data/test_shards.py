@@ -202,13 +202,15 @@ def test_a_damaged_shard_is_encoded_again(root, config, cpu, damage):
     assert snapshot(root)[FIRST] == before[FIRST] and snapshot(root)[SECOND][0] == before[SECOND][0]
 
 
-def test_a_row_of_before_that_is_no_number_is_named(root, config, cpu):
+def test_a_row_of_before_that_is_no_number_is_encoded_again(root, config, cpu):
+    before = snapshot(root)
     shard = read_shard(root / SECOND)
     rows = list(shard_store._rows_of(shard, open_store(root)))
     rows[2].latent = torch.full_like(rows[2].latent, torch.nan)
     write_shard(root / SECOND, rows, ["ink", "oil"])
-    with pytest.raises(UserError, match=rf"{root}: the latent of {rows[2].entry} is not finite; delete the store"):
-        preprocess(config, cpu, quiet=True)
+    report = preprocess(config, cpu, quiet=True)
+    assert (report.encoded, report.kept) == (1, 19) and snapshot(root)[FIRST] == before[FIRST]
+    assert all(row.is_finite for path in shard_paths(root) for row in shard_store._rows_of(read_shard(path), 2))
 
 
 def test_a_damaged_shard_that_meta_does_not_name_is_refused_and_stays(root, config, cpu):

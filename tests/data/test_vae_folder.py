@@ -107,3 +107,20 @@ def test_a_missing_weight_is_not_left_random(tmp_path, name):
     save_file(weights, file)
     with pytest.raises(UserError, match=f"1 weights are missing, e.g. {gone}"):
         load_autoencoder(str(tmp_path / "vae"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("layers_per_block", 10**7, "layers_per_block = 1e+07: more than 1000"),
+        ("block_out_channels", [32, 10**9], "block_out_channels = 1e+09: more than 1048576"),
+        ("block_out_channels", [], "does not load"),
+    ],
+)
+def test_sizes_that_no_autoencoder_has_are_refused_before_it_is_built(tmp_path, key, value, words):
+    folder = save_small("KL", tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError) as caught:
+        load_autoencoder(str(folder), CPU)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -106,6 +106,31 @@ def test_a_checkpoint_from_before_there_were_ids_goes_on_where_it_lies_and_nowhe
     assert load_checkpoint(a / "stage1_epoch3.pt").run == resumed.run == read_run(a) != ""
 
 
+def test_a_log_that_is_there_before_a_run_begins_is_moved_aside_and_said(config, store, capsys):
+    killed = Trainer(config())  # before its first checkpoint
+    killed.fit(stop=lambda: killed.state.step == 3, quiet=True)
+    run = killed.folder
+    (run / INTERRUPTED).unlink()
+    first, second = (run / "metrics.jsonl").read_bytes(), b"a user's notes\n"
+    capsys.readouterr()
+    train(config(), quiet=True)
+    assert (run / "metrics_before_1.jsonl").read_bytes() == first != b""
+    out = capsys.readouterr().out
+    assert out.count("metrics_before_1.jsonl") == 1 and not (run / "run_before_1.json").exists()
+    for path in epoch_checkpoints(run):
+        path.rename(store / path.name)
+    (run / "metrics.jsonl").write_bytes(second)
+    (run / RUN).write_bytes(b'{"run": "of a user", "miles": 7}')
+    train(config(), str(store / "stage1_epoch1.pt"), quiet=True)
+    assert (run / "metrics_before_1.jsonl").read_bytes() == first
+    assert (run / "metrics_before_2.jsonl").read_bytes() == second
+    assert (run / "run_before_1.json").read_bytes() == b'{"run": "of a user", "miles": 7}'
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == [5, 6, 7, 8]
+    before = contents(run)["metrics.jsonl"]
+    train(config(), "newest", quiet=True)  # a run that goes on keeps its own log where it is
+    assert contents(run)["metrics.jsonl"] == before and not (run / "metrics_before_3.jsonl").exists()
+
+
 def test_a_second_training_in_one_folder_is_one_line_and_a_killed_one_leaves_no_lock(store, tmp_path):
     script = tmp_path / "holds.py"
     script.write_text(
@@ -163,6 +188,29 @@ def test_while_steps_are_refused_nothing_is_saved_nor_deleted_and_the_last_good_
         broken.fit(quiet=True)
     assert {name: (run / name).read_bytes() for name in names(run)} == before
     assert "warning: epoch 3 is not saved: the last 4 steps were refused; " in capsys.readouterr().out
+
+
+def test_a_run_whose_last_steps_are_refused_ends_without_its_last_epoch_and_with_status_1(config, monkeypatch, capsys):
+    run = train(config(), quiet=True).folder
+    before = {name: (run / name).read_bytes() for name in names(run)}
+    broken = Trainer(config({"training.stage1_epochs": 3}), "newest")
+    real = broken.gradients.compute
+
+    def compute(step):
+        sums = real(step)
+        if step >= 10:  # of 8 to 11
+            broken.state.model.head.bias.grad.fill_(torch.nan)
+        return sums
+
+    monkeypatch.setattr(broken.gradients, "compute", compute)
+    broken.fit(quiet=True)
+    assert broken.finished and broken.stopped == 1
+    assert {name: (run / name).read_bytes() for name in names(run)} == before and not (run / INTERRUPTED).exists()
+    said = capsys.readouterr().out
+    assert "epoch 3 is not saved: the last 2 steps were refused; the last good checkpoint is " in said
+    assert f"{run / 'stage1_epoch2.pt'}: resume with a lower --set training.learning_rate" in said
+    again = train(config({"training.stage1_epochs": 3}), "newest", quiet=True)
+    assert again.stopped == 0 and names(run)[-1] == "stage1_epoch3.pt"
 
 
 def test_weights_that_are_not_finite_are_never_saved_and_never_called_good(config, capsys):
@@ -235,3 +283,10 @@ def test_a_launchers_variables_change_neither_gradients_nor_compilation(monkeypa
 
 def test_the_gradients_lie_in_ddps_buckets_and_not_beside_them():
     assert join_processes().ddp_handler.gradient_as_bucket_view  # else a copy that no estimate counts
+
+
+@pytest.mark.parametrize("place", ["raw/run", "latents", "latents/run"])
+def test_a_run_inside_the_pictures_or_the_store_is_refused(config, store, place):
+    with pytest.raises(UserError, match=r"checkpoint\.save_dir = .*: lies in data\."):
+        train(config({}, place), quiet=True)
+    assert not (store / "raw" / "run").exists() and not (store / "latents" / "run").exists()

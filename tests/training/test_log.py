@@ -1,10 +1,13 @@
 """The log survives damage: a line costs itself and no other."""
 
+import contextlib
 import json
+import sys
 
 import pytest
 from PIL import Image
 
+from isonext.errors import WriteError
 from isonext.training.log import Logbook, plot_losses, read_metrics
 
 LINES = [{"step": step, "loss": 1 / step} for step in range(1, 12)]
@@ -41,3 +44,37 @@ def test_a_last_line_that_was_cut_off_is_no_damage_and_what_is_no_number_is_not_
     plot_losses(path, tmp_path / "losses.png")
     assert Image.open(tmp_path / "losses.png").width > 100
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+@contextlib.contextmanager
+def no_file_above(size: int):
+    """Within, the system refuses to write a byte past `size` to any file, as a full disk does."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit on the size of files is POSIX's")
+@pytest.mark.parametrize(
+    ("name", "size", "file"),
+    [("a" * 4000, 3000, "metrics.jsonl"), ("a", 400, "tensorboard"), ("a", 0, "(tensorboard|metrics)")],
+)
+def test_a_disk_without_room_is_one_error_that_names_the_file_and_no_traceback_of_a_thread(
+    tmp_path, monkeypatch, name, size, file
+):
+    said = []
+    monkeypatch.setattr("threading.excepthook", lambda args: said.append(args.thread.name))
+    with (
+        no_file_above(size),
+        pytest.raises(WriteError, match=rf"^{tmp_path / file}.*: could not be written \(") as caught,
+    ):
+        book = Logbook(tmp_path, 0)
+        for step in range(1, 13):
+            book.write(step, {name: 1.0})
+        book.close()
+    assert "too large" in caught.value.strerror and said == []
