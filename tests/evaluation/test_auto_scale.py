@@ -116,6 +116,7 @@ def test_auto_without_held_out_pictures_is_refused_before_the_first_step(store, 
     path = store / "latents" / "meta.json"
     tree = json.loads(path.read_text())
     tree["split"] = {"train": tree["split"]["train"] + tree["split"]["val"], "val": []}
+    tree["counts"] = {style: {"train": sum(counts.values()), "val": 0} for style, counts in tree["counts"].items()}
     path.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"inference\.cfg_scale auto: is measured on held-out pictures of two styles"):
         Trainer(make_config(store, AUTO))
