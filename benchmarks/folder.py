@@ -58,7 +58,8 @@ def measure_mixed(args: argparse.Namespace) -> int:
                 compiled[mode] = sum(batch.compiled for batch in batches)
                 if compiled[mode] and not plan.pipeline.compiled:
                     plan.pipeline.compile()
-                transfer_batches(load_batches(batches, plan.pipeline, None, args.batch_size, []), plan, len(jobs))
+                loaded = load_batches(batches, plan.pipeline, None, args.batch_size, None)
+                transfer_batches(loaded, plan, len(jobs), None)
                 seconds[mode].append(time.perf_counter() - started)
     first, again = ({mode: part(times) for mode, times in seconds.items()} for part in (lambda t: t[0], median_later))
     name = device_name(pipeline.device)
