@@ -210,7 +210,9 @@ def test_a_row_of_before_that_is_no_number_is_encoded_again(root, config, cpu):
     write_shard(root / SECOND, rows, ["ink", "oil"])
     report = preprocess(config, cpu, quiet=True)
     assert (report.encoded, report.kept) == (1, 19) and snapshot(root)[FIRST] == before[FIRST]
-    assert all(row.is_finite for path in shard_paths(root) for row in shard_store._rows_of(read_shard(path), 2))
+    assert all(
+        row.is_finite for path in shard_paths(root) for row in shard_store._rows_of(read_shard(path), open_store(root))
+    )
 
 
 def test_a_damaged_shard_that_meta_does_not_name_is_refused_and_stays(root, config, cpu):
