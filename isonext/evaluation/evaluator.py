@@ -142,9 +142,8 @@ def load_styles(
     found = names or _find(root, styles)
     counts = [Counter(path.with_suffix("") for path in paths) for paths in found.values()]
     shared = {stem for tally in counts for stem, count in tally.items() if count > 1}
-    pictures: Pictures = {}
+    pictures: Pictures = {style: {} for style in found}
     for style, paths in found.items():
-        pictures[style] = {}
         for path, pixels in _opened(root / style, size, limit, paths, skipped):
             stem = path.with_suffix("")
             pictures[style][(path if stem in shared else stem).as_posix()] = pixels
