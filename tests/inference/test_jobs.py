@@ -846,6 +846,17 @@ def test_a_file_in_the_way_of_one_result_of_a_folder_is_one_line_that_names_it(i
     )
 
 
+def test_a_structure_too_large_for_the_format_of_its_result_is_refused_before_the_work(infer, tmp_path, monkeypatch):
+    wide, kept = draw(tmp_path / "wide.png", 16400, 4, seed=0), tmp_path / "x.safetensors"
+    flags = ("--num_steps", "1", "--input", wide, "--output", tmp_path / "x.png", "--save_structure", kept)
+    out_of(infer(*TO_WARM, *flags))
+    monkeypatch.setattr(Pipeline, "generate", lambda *_: pytest.fail("it works"))
+    monkeypatch.setattr(Pipeline, "restore", lambda *_: pytest.fail("it works"))
+    of_it = ("--checkpoint", CHECKPOINT, "--output", tmp_path / "x.webp")
+    for way in (("--from_structure", kept, "--target_style", "warm"), ("--restore", kept)):
+        refused(infer(*of_it, *way), "x.webp", "16400 x 4 pixels", "16383")
+
+
 def test_a_picture_too_large_for_its_format_is_one_line(infer, tmp_path):
     wide = draw(tmp_path / "wide.png", 16400, 4, seed=0)
     refused(infer(*TO_WARM, "--num_steps", "1", "--input", wide, "--output", tmp_path / "a.webp"), "16383")
