@@ -20,7 +20,7 @@ from tqdm import tqdm
 from isonext.data import images
 from isonext.data.pt_store import read_latent
 from isonext.data.store import read_meta
-from isonext.errors import UserError, first_line
+from isonext.errors import UserError, first_line, is_out_of_memory
 from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
@@ -209,8 +209,7 @@ def skipping(jobs: Sequence[Job], verb: str, skipped: list[str] | None) -> Itera
     except Exception as error:
         if skipped is None or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
             raise
-        less = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error)
-        advice = "; a smaller --size or --batch_size takes less" if less else ""
+        advice = "; a smaller --size or --batch_size takes less" if is_out_of_memory(error) else ""
         skipped += [f"{job.source}: cannot be {verb} ({first_line(error)}){advice}" for job in jobs]
 
 

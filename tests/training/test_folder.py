@@ -170,20 +170,26 @@ def test_a_training_holds_the_lock_until_it_ends(config, store, monkeypatch):
 #################################################################################
 
 
+def refuse_steps(trainer, monkeypatch, first: int = 0) -> None:
+    """From step `first` on the gradient is no number."""
+    real = trainer.gradients.compute
+
+    def compute(step):
+        sums = real(step)
+        if step >= first:
+            trainer.state.model.head.bias.grad.fill_(torch.nan)
+        return sums
+
+    monkeypatch.setattr(trainer.gradients, "compute", compute)
+
+
 def test_while_steps_are_refused_nothing_is_saved_nor_deleted_and_the_last_good_one_is_named(
     config, monkeypatch, capsys
 ):
     run = train(config(), quiet=True).folder
     before = {name: (run / name).read_bytes() for name in names(run)}
     broken = Trainer(config({"training.stage1_epochs": 9}), "newest")
-    real = broken.gradients.compute
-
-    def compute(step):
-        sums = real(step)
-        broken.state.model.head.bias.grad.fill_(torch.nan)
-        return sums
-
-    monkeypatch.setattr(broken.gradients, "compute", compute)
+    refuse_steps(broken, monkeypatch)
     with pytest.raises(UserError, match=r"the last good checkpoint is .*stage1_epoch2\.pt: resume with a lower"):
         broken.fit(quiet=True)
     assert {name: (run / name).read_bytes() for name in names(run)} == before
@@ -194,15 +200,7 @@ def test_a_run_whose_last_steps_are_refused_ends_without_its_last_epoch_and_with
     run = train(config(), quiet=True).folder
     before = {name: (run / name).read_bytes() for name in names(run)}
     broken = Trainer(config({"training.stage1_epochs": 3}), "newest")
-    real = broken.gradients.compute
-
-    def compute(step):
-        sums = real(step)
-        if step >= 10:  # of 8 to 11
-            broken.state.model.head.bias.grad.fill_(torch.nan)
-        return sums
-
-    monkeypatch.setattr(broken.gradients, "compute", compute)
+    refuse_steps(broken, monkeypatch, first=10)  # of 8 to 11
     broken.fit(quiet=True)
     assert broken.finished and broken.stopped == 1
     assert {name: (run / name).read_bytes() for name in names(run)} == before and not (run / INTERRUPTED).exists()
