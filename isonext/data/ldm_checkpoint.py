@@ -1,4 +1,4 @@
-"""A checkpoint file of latent diffusion's AutoencoderKL, or of VA-VAE, which is laid out alike, as diffusers' model.
+"""A checkpoint file of latent diffusion's AutoencoderKL, or of VA-VAE or FLUX.2, laid out alike, as diffusers' model.
 
 Of a whole Stable Diffusion or FLUX its autoencoder is taken. What the file means is read off it: channels, levels,
 blocks and where attention lies, from the names and shapes of its weights. diffusers' own conversion wants a config
@@ -17,7 +17,7 @@ from isonext.errors import UserError, first_line
 from isonext.utils.io import load_data
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 PARTS = ("first_stage_model.", "vae.")  # what the weights' names start with in files that hold more than them
@@ -28,6 +28,9 @@ IGNORED = ("loss.", "foundation_model.", "linear_proj.")
 IGNORED_KEYS = ("model_ema.decay", "model_ema.num_updates")
 
 ADVICE = "give a whole checkpoint of a latent-diffusion AutoencoderKL or VA-VAE, a TAESD's pair, or a diffusers folder"
+NORM = "bn."  # FLUX.2's batch norm over packed latents, the one thing in which its file differs
+COUNTER = f"{NORM}num_batches_tracked"  # of its training; not all files have it
+NESTED = ("encoder.quant_conv.", "decoder.post_quant_conv.")  # FLUX.2 has them in its halves, others beside them
 GROUPS = 32  # of every GroupNorm, in all of them; the only figure that the weights do not tell
 
 # Parts of a name in diffusers, and in latent diffusion. The levels of the decoder are numbered from the other end.
@@ -91,37 +94,44 @@ def _own_names(keys: Iterable[str]) -> dict[str, str]:
     return {key.removeprefix(part): key for key in keys if key.startswith(part)}
 
 
-def build(weights: dict[str, Tensor], path: str | Path) -> "AutoencoderKL":
+def build(weights: dict[str, Tensor], path: str | Path) -> "AutoencoderKL | AutoencoderKLFlux2":
     """diffusers' AutoencoderKL with these weights, which latent diffusion's names go by; `path` is for the errors.
 
-    Its scale is 1 and its shift 0, whatever the file was trained for: the store standardises each channel. A weight
-    that is missing, of another shape or not known is a UserError that names it.
+    Its scale is 1 and its shift 0, whatever the file was trained for: the store standardises each channel. FLUX.2's has
+    its statistics in the file. A weight that is missing, of another shape or not known is a UserError that names it.
     """
-    from diffusers import AutoencoderKL  # seconds to import, so only where it is used
+    import diffusers  # seconds to import, so only where it is used
 
-    weights = {key: value for key, value in weights.items() if not _is_ignored(key)}
+    weights = {_flat_name(key): value for key, value in weights.items() if not _is_ignored(key)}
     check_tensors(weights, path)
-    config = read_architecture(weights, path)
-    with torch.device("meta"):  # the weights below take the place of random ones, which would take seconds to draw
-        vae: Any = AutoencoderKL(**config)
+    config, flux2 = read_architecture(weights, path), _is_flux2(weights)
+    weights = {COUNTER: torch.tensor(0)} | weights if flux2 else weights
+    try:
+        with torch.device("meta"):  # the weights below take the place of random ones, which would take seconds to draw
+            vae: Any = diffusers.AutoencoderKLFlux2(**config) if flux2 else diffusers.AutoencoderKL(**config)
+    except (AttributeError, TypeError):
+        known = f"diffusers {diffusers.__version__} does not know"
+        raise UserError(f"autoencoder {path}: is FLUX.2's, which {known}; update it") from None
     state = vae.state_dict()
     keys = {ldm_name(key, len(config["block_out_channels"])): key for key in state}
     check_names(keys, weights, path)
-    converted = {key: shaped(weights[name], state[key].shape, name, path) for name, key in keys.items()}
+    converted = {key: shaped(weights[name], state[key], name, path) for name, key in keys.items()}
     vae.load_state_dict(converted, assign=True)
     return vae
 
 
 def read_architecture(weights: dict[str, Tensor], path: str | Path) -> dict:
-    """The arguments of diffusers' AutoencoderKL, from the names and shapes of the weights.
+    """The arguments of diffusers' class, from the names and shapes of the weights.
 
     FLUX and Stable Diffusion 3 have neither of the 1x1 convolutions round the latents.
     """
     quant = any(key.startswith(("quant_conv.", "post_quant_conv.")) for key in weights)
     levels = _count(weights, r"encoder\.down\.(\d+)\.")
-    widths = [_width(weights, f"encoder.down.{level}.block.0.conv2.bias", path) for level in range(max(levels, 1))]
-    if any(width % GROUPS for width in widths):
-        raise UserError(f"autoencoder {path}: {widths} channels by level are not multiples of {GROUPS}; {ADVICE}")
+    widths = _widths(weights, "encoder.down", levels, path)
+
+    statistics: dict[str, Any] = {"scaling_factor": 1.0}
+    if _is_flux2(weights):  # FLUX.2's small decoder has widths of its own
+        statistics = {"decoder_block_out_channels": _widths(weights, "decoder.up", levels, path)}
 
     def attends(part: str, level: int) -> bool:
         return any(key.startswith(f"{part}.{level}.attn.") for key in weights)
@@ -138,7 +148,7 @@ def read_architecture(weights: dict[str, Tensor], path: str | Path) -> dict:
         "use_quant_conv": quant,
         "use_post_quant_conv": quant,
         "norm_num_groups": GROUPS,
-        "scaling_factor": 1.0,
+        **statistics,
     }
 
 
@@ -154,9 +164,25 @@ def _is_ignored(key: str) -> bool:
     return key.startswith(IGNORED) or key in IGNORED_KEYS
 
 
+def _is_flux2(weights: dict[str, Tensor]) -> bool:
+    return any(key.startswith(NORM) for key in weights)
+
+
+def _flat_name(key: str) -> str:
+    return key.partition(".")[2] if key.startswith(NESTED) else key
+
+
 def _count(weights: dict[str, Tensor], pattern: str) -> int:
     """How many numbers stand in this place of the names."""
     return len({found[1] for found in (re.match(pattern, key) for key in weights) if found})
+
+
+def _widths(weights: dict[str, Tensor], part: str, levels: int, path: str | Path) -> list[int]:
+    """Channels of each level of a half."""
+    widths = [_width(weights, f"{part}.{level}.block.0.conv2.bias", path) for level in range(max(levels, 1))]
+    if any(width % GROUPS for width in widths):
+        raise UserError(f"autoencoder {path}: {widths} channels by level are not multiples of {GROUPS}; {ADVICE}")
+    return widths
 
 
 def _width(weights: dict[str, Tensor], bias: str, path: str | Path) -> int:
@@ -184,8 +210,11 @@ def check_names(known: dict[str, str], weights: dict[str, Tensor], path: str | P
             raise UserError(f"autoencoder {path}: {found}; {ADVICE}")
 
 
-def shaped(weight: Tensor, shape: torch.Size, name: str, path: str | Path) -> Tensor:
-    """In float32; attention's 1x1 convolutions become the matrices they are. Another shape is a UserError."""
-    if weight.shape not in (shape, (*shape, 1, 1)):
-        raise UserError(f"autoencoder {path}: {name} has the shape {list(weight.shape)}, not {list(shape)}; {ADVICE}")
-    return weight.reshape(shape).float()
+def shaped(weight: Tensor, like: Tensor, name: str, path: str | Path) -> Tensor:
+    """With type and shape of the model's; attention's 1x1 convolutions become the matrices they are. Another shape is a
+    UserError."""
+    if weight.shape not in (like.shape, (*like.shape, 1, 1)):
+        raise UserError(
+            f"autoencoder {path}: {name} has the shape {list(weight.shape)}, not {list(like.shape)}; {ADVICE}"
+        )
+    return weight.reshape(like.shape).to(like.dtype)

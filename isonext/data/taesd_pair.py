@@ -44,7 +44,7 @@ def load(path: str | Path, weights: dict[str, Any]) -> "TaesdPair":
     for part, (file, weights) in parts.items():
         state = getattr(pair, part).state_dict()
         ldm_checkpoint.check_names({key: key for key in state}, weights, file)
-        shaped = {key: ldm_checkpoint.shaped(weights[key], state[key].shape, key, file) for key in state}
+        shaped = {key: ldm_checkpoint.shaped(weights[key], state[key], key, file) for key in state}
         getattr(pair, part).load_state_dict(shaped, assign=True)
     return pair
 

@@ -11,6 +11,7 @@ from isonext.errors import UserError, first_line
 
 PARTS = ("vae", "vqvae", "movq")  # where a pipeline keeps its autoencoder
 WEIGHTS = "diffusion_pytorch_model"
+COUNTER = ".num_batches_tracked"  # of a batch norm's training: some converters leave it out
 MOST_LAYERS, WIDEST = 1000, 2**20
 WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
 
@@ -35,8 +36,10 @@ def load_folder(name: str, download: bool) -> Any:
         if kind is None:
             raise ValueError(f"diffusers {diffusers.__version__} has no {config['_class_name']} yet; update it")
         vae, loading = _from_pretrained(kind, name, options)
-        if loading["missing_keys"]:  # diffusers would leave these random
-            missing = sorted(loading["missing_keys"])
+        counters = [key for key in loading["missing_keys"] if key.endswith(COUNTER)]
+        for key in counters:
+            vae.get_buffer(key).zero_()
+        if missing := sorted({*loading["missing_keys"]} - {*counters}):  # diffusers would leave these random
             raise ValueError(f"{len(missing)} weights are missing, e.g. {missing[0]}")
         return vae
     except Exception as error:  # diffusers lets many types out of a broken folder; the answer is the same

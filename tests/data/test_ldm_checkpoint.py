@@ -399,6 +399,134 @@ def test_a_folder_with_such_a_suffix_is_still_a_diffusers_folder(tmp_path):
 
 
 #################################################################################
+#                              FLUX.2's own file                                #
+#################################################################################
+
+# The class's names in the file: scripts/convert_flux2_to_diffusers.py of diffusers, read backwards. So they are in
+# black-forest-labs/flux2, src/flux2/autoencoder.py, too, whose halves have the convolutions round the latents.
+FLUX2 = (
+    ("down_blocks", "down"),
+    ("up_blocks", "up"),
+    (".resnets.", ".block."),
+    ("mid_block.block.0", "mid.block_1"),
+    ("mid_block.block.1", "mid.block_2"),
+    ("mid_block.attentions.0", "mid.attn_1"),
+    ("samplers.0.", "sample."),
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "nin_shortcut"),
+    ("group_norm", "norm"),
+    (".to_out.0", ".proj_out"),
+    *((f".to_{part}.", f".{part}.") for part in "qkv"),
+)
+NESTED = {"quant_conv": "encoder.quant_conv", "post_quant_conv": "decoder.post_quant_conv"}
+
+
+def flux2(**more):
+    """A small one of random weights, with statistics in its batch norm."""
+    import diffusers
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    torch.manual_seed(3)
+    vae = diffusers.AutoencoderKLFlux2(
+        **blocks, block_out_channels=(32, 64), layers_per_block=1, latent_channels=3, **more
+    ).eval()
+    vae.bn.running_mean.copy_(torch.linspace(-1, 1, 12))
+    vae.bn.running_var.copy_(torch.linspace(0.1, 3, 12))
+    return vae
+
+
+def flux2_file(vae, nested=True):
+    """Its weights by the names of FLUX.2's own file, attention as 1x1 convolutions; ComfyUI's have no nested names."""
+    weights = {}
+    for key, value in vae.state_dict().items():
+        if key.startswith("decoder.up_blocks."):  # two levels, numbered from the other end
+            key = f"decoder.up_blocks.{1 - int(key[18])}{key[19:]}"
+        for theirs, own in FLUX2:
+            key = key.replace(theirs, own)
+        for theirs, own in NESTED.items() if nested else ():
+            key = f"{own}{key.removeprefix(theirs)}" if key.startswith(theirs) else key
+        weights[key] = value[..., None, None].contiguous() if ".attn_1." in key and value.dim() == 2 else value
+    return weights
+
+
+COUNTER = ["bn.num_batches_tracked"]
+
+
+@pytest.mark.parametrize(
+    ("more", "nested", "left_out"),
+    [
+        ({}, True, []),
+        ({}, False, COUNTER),
+        ({"decoder_block_out_channels": (32, 32)}, True, COUNTER),  # FLUX.2's small decoder
+        ({"use_quant_conv": False, "use_post_quant_conv": False}, True, []),
+    ],
+)
+@pytest.mark.parametrize("part", ["", "vae."])
+def test_flux2s_own_file_is_diffusers_class_with_its_statistics(tmp_path, more, nested, left_out, part):
+    vae, path = flux2(**more), tmp_path / "ae.safetensors"
+    save_file({f"{part}{key}": value for key, value in changed(flux2_file(vae, nested), (), left_out).items()}, path)
+    codec = load_autoencoder(str(path), CPU)
+    assert (type(codec.vae).__name__, codec.channels, codec.factor) == ("AutoencoderKLFlux2", 12, 4)
+    assert "decoder.up.1.upsample.conv.weight" in flux2_file(vae), "the names are those of the file"
+    vae.save_pretrained(tmp_path / "folder")
+    assert codec.digest == load_autoencoder(str(tmp_path / "folder"), CPU).digest, "a store of one is one of the other"
+    vae.to(memory_format=torch.channels_last)  # as ours: another layout rounds otherwise
+    pixels, latents = noise(2, 3, 16, 24), noise(2, 12, 4, 6)
+    mean, deviation = torch.linspace(-1, 1, 12), (torch.linspace(0.1, 3, 12) + 1e-4).sqrt()
+    mean, deviation = mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
+    with torch.inference_mode():
+        z = vae.encode(pixels).latent_dist.mean.view(2, 3, 4, 2, 6, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 4, 6)
+        raw = (latents * deviation + mean).view(2, 3, 2, 2, 4, 6).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 8, 12)
+        encoded, decoded = (z - mean) / deviation, vae.decode(raw).sample
+        torch.testing.assert_close(codec.vae.decode(raw).sample, decoded, rtol=1e-6, atol=1e-6)
+    assert encoded.std() > 0.1 and decoded.std() > 0.1
+    torch.testing.assert_close(codec.encode(pixels), encoded, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(codec.decode(latents), decoded, rtol=1e-5, atol=1e-5)  # raw rounds otherwise
+
+
+def test_flux2s_published_shape_is_diffusers_default():
+    import diffusers
+
+    parts = layout(128, (1, 2, 4, 4), 2, set(), 32)
+    weights = weights_of({NESTED.get(key, key): shape for key, shape in parts.items()}, "meta")
+    weights |= {f"bn.running_{part}": torch.empty(128, device="meta") for part in ("mean", "var")}
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKLFlux2()
+    ours = build(weights, "ae.safetensors")
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+    assert (ours.bn.eps, ours.config.latent_channels) == (1e-4, 32)
+
+
+def test_where_diffusers_does_not_know_flux2_yet_the_line_says_so(tmp_path, monkeypatch):
+    import diffusers
+
+    save_file(flux2_file(flux2()), tmp_path / "ae.safetensors")
+    monkeypatch.setattr(diffusers, "AutoencoderKLFlux2", lambda block_out_channels: None)  # one of before
+    assert line(tmp_path / "ae.safetensors").endswith(
+        f"is FLUX.2's, which diffusers {diffusers.__version__} does not know; update it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("new", "without", "found"),
+    [
+        ({}, ["bn.running_var"], "the weight bn.running_var is missing"),
+        ({}, ["bn.running_mean"], "the weight bn.running_mean is missing"),
+        ({"bn.running_mean": torch.zeros(3)}, [], "bn.running_mean has the shape [3], not [12]"),
+        ({"bn.weight": torch.zeros(12)}, [], "the weight bn.weight is unknown"),
+        ({"bn.running_var": -torch.ones(12)}, [], "bn.running_var has numbers below 0"),
+        ({}, ["decoder.post_quant_conv.bias"], "the weight post_quant_conv.bias is missing"),
+        ({}, ["decoder.up.1.block.0.conv2.bias"], "the weight decoder.up.1.block.0.conv2.bias is missing"),
+    ],
+)
+def test_a_weight_of_flux2s_file_that_does_not_belong_or_is_missing_is_named(tmp_path, new, without, found):
+    save_file(changed(flux2_file(flux2()), new, without), tmp_path / "ae.safetensors")
+    assert found in line(tmp_path / "ae.safetensors")
+
+
+#################################################################################
 #                                 The commands                                  #
 #################################################################################
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from isonext.data.autoencoder import load_autoencoder, weights_digest
 from isonext.errors import UserError
@@ -72,6 +73,18 @@ def test_of_a_folder_with_both_the_full_weights_are_taken(tmp_path):
     full = load_autoencoder(str(tmp_path / "vae"), CPU).digest
     small_vae("KL").half().save_pretrained(tmp_path / "vae", variant="fp16")
     assert load_autoencoder(str(tmp_path / "vae"), CPU).digest == full != halved_digest()
+
+
+def test_a_batch_norms_counter_may_be_missing_and_nothing_else(tmp_path):
+    path = save_small("Flux2", tmp_path / "vae") / "diffusion_pytorch_model.safetensors"
+    digest, weights = load_autoencoder(str(tmp_path / "vae"), CPU).digest, load_file(path)
+    weights.pop("bn.num_batches_tracked")
+    save_file(weights, path, {"format": "pt"})
+    assert load_autoencoder(str(tmp_path / "vae"), CPU).digest == digest
+    weights.pop("bn.running_var")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing, e\.g\. bn\.running_var"):
+        load_autoencoder(str(tmp_path / "vae"), CPU)
 
 
 def cached(repository, root, monkeypatch):
