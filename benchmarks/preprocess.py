@@ -3,8 +3,8 @@
 python benchmarks/preprocess.py --autoencoder models/my-vae
 
 Draws pictures, then times, in turn, the bare encoder on batches in memory (each picture and its mirror image) and the
-inner part of `preprocess_latents.py` on the same pictures (reading, resizing, encoding, writing). Then one batch in
-NCHW and in NHWC memory, and under BF16 autocast where the device has it. The last line is JSON.
+inner part of `preprocess_latents.py` on the same pictures (reading, resizing, encoding, writing). What memory layout
+and BF16 do to the encoder, `autoencoder.py` measures. The last line is JSON.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from isonext.data.preprocess import BATCH, Work, encode
 from isonext.data.pt_store import PtStore
 from isonext.data.store import LatentSpec, StoreMeta
 from isonext.utils.cli import add_device_flags, new_parser, run
-from isonext.utils.device import autocast, device_name, has_bf16, pick_device
+from isonext.utils.device import device_name, pick_device
 
 
 def draw(folder: Path, count: int, size: int) -> list[Path]:
@@ -49,16 +48,6 @@ def bare(codec: nn.Module, batches: list[Tensor]) -> None:
     for pixels in batches:
         codec.encode(pixels)
         codec.encode(pixels.flip(-1))
-
-
-def encode_as(codec: nn.Module, pixels: Tensor, layout: torch.memory_format, bf16: bool) -> None:
-    """In another memory layout than the encoder's own, which is NHWC for a VAE."""
-    before = {name: weight.data for name, weight in codec.named_parameters()}
-    codec.to(memory_format=layout)
-    with autocast(pixels.device, True) if bf16 else nullcontext():
-        codec.encode(pixels.contiguous(memory_format=layout))
-    for name, weight in codec.named_parameters():
-        weight.data = before[name]
 
 
 def store_work(folder: Path, paths: list[Path], codec: nn.Module, size: int) -> Work:
@@ -87,34 +76,25 @@ def main(args: argparse.Namespace) -> int:
         squares = [images.to_bytes(images.open_square(path, args.size)) for path in paths]
         batches = [images.to_pixels(part.to(device)) for part in torch.stack(squares).split(BATCH)]
         whole = store_work(Path(scratch) / "latents", paths, codec, args.size)
-        one, nchw, nhwc = batches[0], torch.contiguous_format, torch.channels_last
-        ways: dict[str, tuple[int, Callable[[], object]]] = {  # with the number of pictures
-            "bare": (len(paths), lambda: bare(codec, batches)),
-            "whole": (len(paths), lambda: encode(whole, codec, config, device, True)),
-            "nchw": (len(one), lambda: encode_as(codec, one, nchw, False)),
-            "nhwc": (len(one), lambda: encode_as(codec, one, nhwc, False)),
+        ways: dict[str, Callable[[], object]] = {
+            "bare": lambda: bare(codec, batches),
+            "whole": lambda: encode(whole, codec, config, device, True),
         }
-        if has_bf16(device):
-            ways["bf16_nchw"] = len(one), lambda: encode_as(codec, one, nchw, True)
-            ways["bf16_nhwc"] = len(one), lambda: encode_as(codec, one, nhwc, True)
         for _ in tqdm(range(args.rounds + 1), desc="rounds", disable=None):  # the first one warms up
-            for name, (count, work) in ways.items():
-                rates.setdefault(name, []).append(count / timed(work, device))
+            for name, work in ways.items():
+                rates.setdefault(name, []).append(len(paths) / timed(work, device))
     report({name: measured[1:] for name, measured in rates.items()}, args, device_name(device))
     return 0
 
 
 def report(rates: dict[str, list[float]], args: argparse.Namespace, device: str) -> None:
     """Medians of the rounds; shares are medians of each round's own, since a machine's speed drifts."""
-    titles = {"bare": "bare encoder", "whole": "preprocessing", "nchw": "one encoding in NCHW", "nhwc": "NHWC"}
-    titles |= {"bf16_nchw": "BF16", "bf16_nhwc": "BF16, NHWC"}
-    result = {}
+    titles, result = {"bare": "bare encoder", "whole": "preprocessing"}, {}
     print(f"{device}; {args.autoencoder}, {args.pictures} pictures of {args.size} pixels")
     for way, measured in rates.items():
-        base = "bare" if way in ("bare", "whole") else "nchw"
-        share = statistics.median(one / other for one, other in zip(measured, rates[base], strict=True))
+        share = statistics.median(one / other for one, other in zip(measured, rates["bare"], strict=True))
         result |= {f"{way}_per_s": round(statistics.median(measured), 3), f"{way}_share": round(share, 4)}
-        print(f"{titles[way]:24s}{statistics.median(measured):9.2f} pictures/s   {share:7.1%} of {titles[base]}")
+        print(f"{titles[way]:24s}{statistics.median(measured):9.2f} pictures/s   {share:7.1%} of {titles['bare']}")
     print(json.dumps(result | {"device": device, "pictures": args.pictures, "size": args.size}))
 
 

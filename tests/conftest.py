@@ -42,7 +42,7 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def float32_autoencoders():
-    """Autoencoders on a CPU decode in float32, as on one without BF16: what is tested is not which CPU runs it."""
+    """Autoencoders on a CPU compute in float32, as on one without BF16: what is tested is not which CPU runs it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoencoder, "has_bf16", lambda device: device.type != "cpu")
         yield

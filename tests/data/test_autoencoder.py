@@ -442,11 +442,9 @@ def test_a_pretrained_tiny_autoencoder_rebuilds_a_smooth_picture(name, channels)
 
 @pytest.mark.parametrize(
     ("device", "has", "encode", "decode"),
-    [("cpu", True, False, True), ("cpu", False, False, False), ("mps", True, False, False), ("cuda", True, True, True)],
+    [("cpu", True, True, True), ("cpu", False, False, False), ("mps", True, False, False), ("cuda", True, True, True)],
 )
-def test_it_computes_in_bf16_on_a_card_and_decodes_so_on_a_cpu_that_has_it(
-    folders, monkeypatch, device, has, encode, decode
-):
+def test_it_computes_in_bf16_on_a_card_and_on_a_cpu_that_has_it(folders, monkeypatch, device, has, encode, decode):
     monkeypatch.setattr(autoencoder, "has_bf16", lambda device: has)
     monkeypatch.setattr(DiffusersAutoencoder, "_probe", lambda codec: None)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
@@ -466,14 +464,16 @@ def test_in_bf16_latents_and_pictures_are_float32_and_near_those_of_float32(fold
         assert 0 < (rounded - true).std() < 0.05 * true.std()  # 2^-8 a layer
 
 
+@pytest.mark.parametrize(("part", "cost"), [("bf16_encode", 0.02), ("bf16_decode", 0.1)])
 @pytest.mark.parametrize("name", ["taesd", "taesd3"])
-def test_decoding_in_bf16_costs_a_pretrained_autoencoder_less_than_a_tenth_of_a_decibel(name):
+def test_bf16_costs_a_pretrained_autoencoder_less_than_a_tenth_of_a_decibel(name, part, cost):
+    """In encoding far less: of this smooth picture, pixels in BF16 would cost taesd3 0.14 dB."""
     if not (WEIGHTS / name).is_dir():
         pytest.skip(f"../shared/weights/{name} is not there")
-    codec, picture = load_autoencoder(str(WEIGHTS / name), CPU), to_pixels(to_bytes(draw_scene(0, "shaded", 256)))[None]
+    codec, picture = load_autoencoder(str(WEIGHTS / name), CPU), to_pixels(to_bytes(draw_scene(5, "shaded", 256)))[None]
     exact = psnr(codec.decode(codec.encode(picture)).clamp(-1, 1), picture).item()
-    codec.bf16_decode = True
-    assert psnr(codec.decode(codec.encode(picture)).clamp(-1, 1), picture).item() > exact - 0.1
+    setattr(codec, part, True)
+    assert psnr(codec.decode(codec.encode(picture)).clamp(-1, 1), picture).item() > exact - cost
 
 
 #################################################################################

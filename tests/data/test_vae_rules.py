@@ -140,6 +140,25 @@ def test_latents_and_pictures_are_those_of_the_pipelines(folder, name):
     assert torch.equal(made, codec.encode(pixels)) and torch.equal(drawn, codec.decode(latents)), "a map of pictures"
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_in_bf16_the_first_layer_sees_the_picture_in_float32(folder, name):
+    codec, (_, factor, side) = load_autoencoder(folder(name), CPU), SMALL[name][2]
+    called = []
+    for layer in codec.vae.encoder.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Conv3d):
+            layer.register_forward_hook(lambda *call: called.append(call))
+    pixels = noise(1, 3, side or 8 * factor, side or 8 * factor)
+    exact = codec.encode(pixels)
+    (layer, (x, *_), in_float32), *_ = called
+    called.clear()
+    codec.bf16_encode = True
+    rough = codec.encode(pixels)
+    assert called[0][0] is layer
+    assert torch.equal(called[0][1][0], x) and x.dtype == torch.float32
+    assert torch.equal(called[0][2], in_float32.bfloat16())
+    assert 0 < (rough - exact).std() < 0.05 * exact.std()
+
+
 def test_packing_is_undone_by_decoding_and_one_packed_channel_is_one_place_of_a_block(folder):
     codec = load_autoencoder(folder("Flux2"), CPU)
     seen = {}
