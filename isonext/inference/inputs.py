@@ -45,6 +45,12 @@ class Batch:
     latents: Tensor  # (B, C, h, w) standardised
     size: tuple[int, int]  # of the pictures: height, width
     compiled: bool = False  # for a compiled network
+    decoded: Tensor | None = None  # (B, 3, height, width): the latents, once somebody wanted to see them
+
+    def decode(self, pipeline: Pipeline) -> Tensor:
+        if self.decoded is None:
+            self.decoded = pipeline.decode(self.latents, *self.size)
+        return self.decoded
 
 
 @dataclass

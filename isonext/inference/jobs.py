@@ -209,7 +209,7 @@ def transfer_batches(
                 with pipeline.compiled_or_not(batch.compiled):
                     transfers = transfer_batch(batch, plan, report)
                 results = [pipeline.decode(transfer.latents, *batch.size).cpu() for transfer in transfers]
-                before = pipeline.decode(batch.latents, *batch.size).cpu() if with_before else None
+                before = batch.decode(pipeline).cpu() if with_before else None
                 for row, job in enumerate(batch.jobs):
                     picture = None if before is None else before[row]
                     submit(save, job, picture, [result[row] for result in results])
@@ -264,13 +264,13 @@ def find_strength(batch: Batch, plan: Plan, target: Target, report: Report) -> t
     assert floor is not None
     enlarge = math.ceil(11 / min(batch.size))  # SSIM's window is 11 pixels wide
 
-    def decoded(latents: Tensor) -> Tensor:
-        return F.interpolate(pipeline.decode(latents, *batch.size).clamp(-1, 1), scale_factor=enlarge)
+    def seen(pixels: Tensor) -> Tensor:
+        return F.interpolate(pixels.clamp(-1, 1), scale_factor=enlarge)
 
-    before = decoded(batch.latents)
+    before = seen(batch.decode(pipeline))
 
     def score(latents: Tensor) -> float:
-        return ssim(decoded(latents), before).item()
+        return ssim(seen(pipeline.decode(latents, *batch.size)), before).item()
 
     transfer, cut, tried = pipeline.keep_structure(
         batch.latents, plan.source, target.style, plan.settings, score, floor

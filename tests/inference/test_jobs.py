@@ -611,6 +611,19 @@ def test_each_target_has_a_strength_of_its_own(infer, tmp_path):
     assert tried_in(warm)[0] < 1 and "exact (0 of 1536" in out
 
 
+def test_the_picture_is_decoded_once_whatever_it_is_compared_with(infer, tmp_path, monkeypatch):
+    decode, decoded = Pipeline.decode, []
+    monkeypatch.setattr(Pipeline, "decode", lambda self, z, *size: decoded.append(len(z)) or decode(self, z, *size))
+    flags = ("--num_steps", "4", "--cfg_scale", "4", "--output", tmp_path / "a.png")
+    many = ("--input", PICTURE, "--target_style", "all", *flags)
+    out = out_of(infer(*FROM_COLD, *many, "--min_structure", "0.95"))
+    trials = [tried_in(line)[2] for line in out.splitlines() if " keeps structure " in line]
+    assert len(trials) == 2 and decoded == [1] * (sum(map(len, trials)) + 2 + 1)
+    decoded.clear()
+    out_of(infer(*FROM_COLD, *many))
+    assert decoded == [1] * (2 + 1)
+
+
 @pytest.mark.parametrize("extra", [["--method", "euler"], ["--time_grid", "cosine"], ["--strength", "0.5"]])
 def test_the_floor_is_kept_by_other_methods_grids_and_below_a_largest_strength(infer, pipeline, tmp_path, extra):
     flags = ("--input", PICTURE, "--num_steps", "5", "--cfg_scale", "4", "--output", tmp_path / "a.png")
