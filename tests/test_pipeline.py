@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,21 @@ def test_a_stored_latent_of_another_autoencoder_is_refused(infer, studio):
     refused(
         infer(CHECKPOINT, source=entry), entry, "other has autoencoder dct:f4c12 (sha256 000000000000)", DIGEST[:12]
     )
+
+
+def test_a_stored_latent_is_only_of_the_store_in_whose_style_it_lies(infer, studio):
+    """Other programs have files called meta.json, too, and other latents may lie in a store's folder."""
+    shutil.copytree(studio / "latents", studio / "near")
+    meta = json.loads((studio / "near/meta.json").read_text())
+    entry = Path(f"near/{meta['split']['train'][0]}")
+    (studio / entry.parent / "meta.json").write_text('{"name": "pictures"}')
+    assert infer(CHECKPOINT, source=str(entry))[0] == 0
+    meta["latents"]["autoencoder_digest"] = "0" * 64
+    (studio / "near/meta.json").write_text(json.dumps(meta))
+    refused(infer(CHECKPOINT, source=str(entry)), "near has autoencoder dct:f4c12 (sha256 000000000000)")
+    (studio / "near/spare").mkdir()
+    shutil.copy(studio / entry, studio / "near/spare/a.pt")
+    assert infer(CHECKPOINT, source="near/spare/a.pt")[0] == 0
 
 
 def test_a_structure_file_goes_back_where_the_autoencoder_moved_and_not_by_another_one(infer, within, edited, studio):

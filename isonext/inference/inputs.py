@@ -233,8 +233,14 @@ def load_stored_latent(job: Job, pipeline: Pipeline, compiles: Compiles = never)
 
 def _check_autoencoder(path: Path, pipeline: Pipeline) -> None:
     """UserError where the latent lies in a store of another autoencoder than the checkpoint's."""
-    root = next((folder for folder in path.resolve().parents if (folder / "meta.json").exists()), None)
-    meta = read_meta(root) if root else None
-    if meta and not meta.latents.has_autoencoder_of(pipeline.spec):
-        there, here = meta.latents.autoencoder_beside(pipeline.spec), pipeline.spec.autoencoder_beside(meta.latents)
-        raise UserError(f"{path}: the store {root} has autoencoder {there}, the checkpoint {here}")
+    place = path.resolve()
+    for root in place.parents:
+        try:
+            meta = read_meta(root)
+        except UserError:  # other programs have files called meta.json, too
+            continue
+        if meta is None or place.relative_to(root).parts[0] not in meta.latents.styles:
+            continue
+        if not meta.latents.has_autoencoder_of(pipeline.spec):
+            there, here = meta.latents.autoencoder_beside(pipeline.spec), pipeline.spec.autoencoder_beside(meta.latents)
+            raise UserError(f"{path}: the store {root} has autoencoder {there}, the checkpoint {here}")
