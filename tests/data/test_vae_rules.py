@@ -382,7 +382,7 @@ PUBLISHED = {  # arguments of known weights, where the class's defaults are not 
         **UP,
     },
     "AutoencoderKL": FOUR | UP,
-    "AutoencoderKLHunyuanImage": {
+    "AutoencoderKLHunyuanImage": {  # those of scripts/convert_hunyuan_image_to_diffusers.py
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": 64,
