@@ -50,7 +50,7 @@ def test_an_autoencoder_that_moved_is_given_by_set_and_makes_the_same_picture(in
     assert infer(CHECKPOINT)[0] == 0
     expected = (studio / "x.png").read_bytes()
     moved = edited({"autoencoder": "gone/vae"})
-    refused(infer(moved), "autoencoder gone/vae", "autoencoder.name")
+    refused(infer(moved), "autoencoder gone/vae", "give --set autoencoder.name= a local diffusers folder")
     (studio / "x.png").unlink()
     assert infer(moved, *HERE)[0] == 0
     assert (studio / "x.png").read_bytes() == expected

@@ -13,7 +13,7 @@ PARTS = ("vae", "vqvae", "movq")  # where a pipeline keeps its autoencoder
 WEIGHTS = "diffusion_pytorch_model"
 COUNTER = ".num_batches_tracked"  # of a batch norm's training: some converters leave it out
 MOST_LAYERS, WIDEST = 1000, 2**20
-WAYS_OUT = "give a local diffusers folder or checkpoint file as autoencoder.name, or the built-in codec: dct"
+WAYS_OUT = "give --set autoencoder.name= a local diffusers folder or checkpoint file, or the built-in codec: dct"
 
 
 def load_folder(name: str, download: bool) -> Any:
