@@ -394,6 +394,7 @@ TINY = {
         ("out_channels", 4, "out_channels is 4, but pictures have 3 channels"),
         ("scaling_factor", None, r"scaling_factor in its config\.json is null; write a number"),
         ("scaling_factor", "0.18", r"scaling_factor in its config\.json is \"0\.18\"; write a number"),
+        ("scaling_factor", True, r"scaling_factor in its config\.json is true; write a number"),
         ("scaling_factor", 0, r"scaling_factor in its config\.json is 0; write another number"),
     ],
 )

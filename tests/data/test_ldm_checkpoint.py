@@ -517,6 +517,7 @@ def test_where_diffusers_does_not_know_flux2_yet_the_line_says_so(tmp_path, monk
         ({"bn.running_mean": torch.zeros(3)}, [], "bn.running_mean has the shape [3], not [12]"),
         ({"bn.weight": torch.zeros(12)}, [], "the weight bn.weight is unknown"),
         ({"bn.running_var": -torch.ones(12)}, [], "bn.running_var has numbers below 0"),
+        ({"bn.running_var": torch.full((12,), torch.nan)}, [], "bn.running_var has numbers below 0"),
         ({}, ["decoder.post_quant_conv.bias"], "the weight post_quant_conv.bias is missing"),
         ({}, ["decoder.up.1.block.0.conv2.bias"], "the weight decoder.up.1.block.0.conv2.bias is missing"),
     ],

@@ -180,6 +180,21 @@ def test_the_digest_of_before_is_that_of_scale_and_shift_and_lists_are_in_it(fol
     )
 
 
+@pytest.mark.parametrize("missing", ["latents_mean", "latents_std"])
+def test_one_list_alone_is_no_rule(folder, tmp_path, missing):
+    """As in diffusers' pipelines: then the scale alone counts."""
+    import diffusers
+
+    kind, arguments, _ = SMALL["KL with lists"]
+    torch.manual_seed(0)
+    getattr(diffusers, kind)(**arguments | {missing: None}).save_pretrained(tmp_path / "vae")
+    codec, vae = load_autoencoder(str(tmp_path / "vae"), CPU), small_vae("KL with lists")
+    pixels = noise(1, 3, 16, 16)
+    with torch.inference_mode():
+        expected = vae.encode(pixels).latent_dist.mean * 0.5
+    torch.testing.assert_close(codec.encode(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(32, 40), (64, 64), (8, 8)])
 def test_an_autoencoder_of_one_size_refuses_the_others_in_one_line(folder, size):
     codec = load_autoencoder(folder("RAE"), CPU)
@@ -194,6 +209,7 @@ def test_an_autoencoder_of_one_size_refuses_the_others_in_one_line(folder, size)
         ("Qwen", {"latents_std": [1, 2, 3]}, r"latents_std .* is \[1, 2, 3\]; write a list of 4 numbers above 0"),
         ("Qwen", {"latents_std": [1, 2, 3, 0]}, "write a list of 4 numbers above 0"),
         ("Wan", {"latents_mean": [1, 2, 3, "x"]}, "write a list of 4 numbers there"),
+        ("Wan", {"latents_mean": [1, 2, 3, True]}, "write a list of 4 numbers there"),
         ("KL with lists", {"latents_std": [1.0]}, "latents_std .* write a list of 4 numbers above 0"),
         ("HunyuanImage", {"scaling_factor": None}, "scaling_factor in its config.json is null; write a number there"),
     ],
@@ -222,6 +238,8 @@ def test_a_rule_whose_numbers_are_not_there_is_named(tmp_path, name, change, mes
             {"in_channels": 3, "out_channels": 3},
             "in_channels is 3, but pictures have 4 channels with their opacity",
         ),
+        ("Qwen", {"input_channels": 4}, "input_channels is 4, but pictures have 3 channels"),
+        ("RAE", {"num_channels": 4}, "num_channels is 4, but pictures have 3 channels"),
     ],
 )
 def test_pictures_of_other_channels_are_refused_before_any_is_encoded(tmp_path, name, change, message):
