@@ -25,7 +25,7 @@ def export(options: ExportOptions) -> int:
         card = Card(options, checkpoint, config)
         if options.format == "onnx":
             card.onnx = onnx_files.write_parts(options, checkpoint, config, folder)
-            status = int(len(card.onnx) < len(onnx_files.PARTS))
+            status = int(any(f"{name}.onnx" not in card.onnx for name in onnx_files.OF_THE_AUTOENCODER))
         else:
             export_checkpoint(checkpoint, options.checkpoint, folder, config)
         card.samples = draw_samples(options, checkpoint, config, folder)

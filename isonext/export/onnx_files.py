@@ -32,7 +32,7 @@ from isonext.pipeline import load_codec
 from isonext.utils.device import device_name
 from model import VelocityNetwork
 
-PARTS = ("velocity", "encoder", "decoder")
+OF_THE_AUTOENCODER = ("encoder", "decoder")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OLDEST_OPSET = 18  # that torch has operators for
 MOST_OFF = 1e-3  # rms of the difference to PyTorch
@@ -101,10 +101,11 @@ def write_parts(options: ExportOptions, checkpoint: Checkpoint, config: dict[str
         try:
             measured = write_part(part, path, options.opset, spec.space)
         except Exception as error:
-            if part.name == PARTS[0] or isinstance(error, UserError):
-                raise
+            reason = first_line(error).removeprefix(f"{path.name}: ")
+            if part.name not in OF_THE_AUTOENCODER:
+                raise UserError(f"{path.name}: cannot be had as ONNX ({reason})") from error
             path.unlink(missing_ok=True)
-            print(f"{path.name}: cannot be had as ONNX ({first_line(error)}); left out")
+            print(f"{path.name}: cannot be had as ONNX ({reason}); left out")
             continue
         print(f"{path.name}: {measured}")
         written[path.name] = f"{part.says}; {measured}"
