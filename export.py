@@ -18,7 +18,7 @@ from isonext.utils.cli import new_parser, run
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Write a model to give away. --set inference.KEY=VALUE changes the settings that go along.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py")
+    add("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py, or a folder of export.py")
     add("--output", required=True, type=Path, help="a folder that is not there yet")
     add("--format", choices=FORMATS, default="safetensors", help="onnx: files for ONNX Runtime")
     add("--pictures", type=Path, help="one folder a style: three of them become the samples of the model card")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isonext import __version__
 from isonext.config import ONLY_OF, Config, config_from_dict, config_to_dict, load_config
 from isonext.data.model_folder import BASE as BASE_TENSORS
-from isonext.data.model_folder import NETWORK, SETTINGS, WEIGHTS, read_header, read_model, write_model
+from isonext.data.model_folder import CONFIG, NETWORK, WEIGHTS, read_header, read_model, write_model
 from isonext.data.store import LatentSpec, shown, spec_of
 from isonext.errors import UserError, brief, first_line
 from isonext.flow.base import Base
@@ -152,7 +152,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def _tree_of_folder(folder: Path) -> dict:
     """That of the checkpoint it came from, as far as it went along: weights that are the average, and no training."""
     header, tensors = read_model(folder)
-    tree, config = header["entries"], config_to_dict(load_config(folder / SETTINGS))
+    tree, config = header["entries"], config_to_dict(load_config(folder / CONFIG))
     network, base = (
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
         for kind in (NETWORK, BASE_TENSORS)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from isonext.data.autoencoder import weights_digest
 from isonext.errors import UserError, first_line
 from isonext.utils.schema import Mismatch, mapped, record, text, whole
 
-WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1
 NETWORK, BASE = "network.", "base."  # in front of the tensors' names
 HEADER = record(format=whole(), checkpoint=text(longest=64), entries=mapped(lambda value, where: value))
@@ -26,11 +27,11 @@ HEADER = record(format=whole(), checkpoint=text(longest=64), entries=mapped(lamb
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor], header: dict[str, Any], config: dict[str, Any]) -> None:
     """Both files; `header` is {"checkpoint": SHA-256 of what it came from, "entries": those of a checkpoint}."""
-    kept = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    kept = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     written = json.dumps(header | {"format": FORMAT}, sort_keys=True)
-    (folder / SETTINGS).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(kept, folder / WEIGHTS, {"isonext": written, "sha256": weights_digest(kept, written)})
-    (folder / WEIGHTS).chmod((folder / SETTINGS).stat().st_mode)  # safetensors writes for this user alone
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors writes for this user alone
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -45,9 +46,9 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _read(folder: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = folder / WEIGHTS
-    for name in (WEIGHTS, SETTINGS):
+    for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: is a folder without {name}, so none of export.py; give a checkpoint")
+            raise UserError(f"{folder}: is a folder without {name}; give a checkpoint, or a model of export.py")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -10,7 +10,7 @@ from isonext import __version__
 from isonext.checkpoint import Checkpoint
 from isonext.data import images
 from isonext.data.dataset import split_digest
-from isonext.data.model_folder import SETTINGS
+from isonext.data.model_folder import CONFIG
 from isonext.data.store import StoreMeta, read_meta
 from isonext.errors import UserError
 from isonext.export.options import ExportOptions
@@ -27,6 +27,7 @@ FIGURES = {
     "val_leakage": "leakage: how well a probe tells the style from x0",
     "val_loss": "validation loss",
 }
+USE_OF_ONE = "`python sample.py --checkpoint {folder} --output out` of IsoNext Flow makes pictures from noise."
 USE = """```python
 from isonext import FlowStylePipeline
 
@@ -53,10 +54,9 @@ class Card:
         parts = ["\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"])]
         parts += [f"# {escaped(name)}", "Unpaired style transfer by flow matching, trained with IsoNext Flow."]
         parts += [self._styles(), f"![source and transfer]({SAMPLES})" if self.samples else ""]
-        source, target = spec.styles[0], spec.styles[-1]
-        use = {"source": _quoted(source), "target": _quoted(target)}
-        use |= {"folder": _quoted(name)}
-        parts += ["## Use", self._files() if self.onnx else USE.format(**use)]
+        use = USE if len(spec.styles) > 1 else USE_OF_ONE
+        use = use.format(folder=_quoted(name), source=_quoted(spec.styles[0]), target=_quoted(spec.styles[-1]))
+        parts += ["## Use", self._files() if self.onnx else use]
         parts += ["## The model", self._model(), self._figures(), self._front(), "## Licence"]
         parts.append(escaped(self.options.license) or "None was stated by the one who exported it.")
         return "\n\n".join(filter(None, parts)) + "\n"
@@ -117,7 +117,7 @@ class Card:
 
     def _files(self) -> str:
         rows = [f"| `{name}` | {said} |" for name, said in self.onnx.items()]
-        said = f"`{SETTINGS}` has the styles in the order of their ids, the latents' statistics and the settings."
+        said = f"`{CONFIG}` has the styles in the order of their ids, the latents' statistics and the settings."
         return "\n".join(["| file | what it is |", "| --- | --- |", *rows, "", said])
 
 
@@ -150,27 +150,32 @@ def store_of_training(checkpoint: Checkpoint) -> StoreMeta | None:
 #################################################################################
 
 
-def draw_samples(options: ExportOptions, checkpoint: Checkpoint, config: dict[str, Any], folder: Path) -> bool:
-    """Writes the sheet of some transfers to `folder`; False where there are no pictures, or one style alone.
-
-    UserError where there are none of the folder that was given.
-    """
+def draw_samples(options: ExportOptions, checkpoint: Checkpoint, config: dict[str, Any], folder: Path) -> str:
+    """Writes the sheet of some transfers to `folder`; returns why not, where there is none. UserError where pictures
+    were given for it."""
     styles, size = checkpoint.latents.styles, checkpoint.latents.image_size
-    chosen = find_samples(options.pictures, checkpoint)
-    if options.pictures and not chosen:
-        raise UserError(f"--pictures {options.pictures}: has no pictures in folders called {', '.join(styles)}"[:400])
-    if not chosen or len(styles) == 1:
-        return False
-    pipeline = FlowStylePipeline.from_pretrained(options.checkpoint, autoencoder=options.autoencoder)
-    pipeline.trained |= {"inference": config["inference"]}
-    rows, names = [], []
-    for style, path in chosen:
-        target = (style + 1) % len(styles)
-        picture = images.open_square(path, size)
-        rows.append([picture, pipeline(picture, styles[style], styles[target])])
-        names.append(f"{styles[style]} to {styles[target]}")
+    try:
+        chosen = find_samples(options.pictures, checkpoint)
+        if len(styles) == 1:
+            raise UserError("there is one style alone")
+        if not chosen and options.pictures:
+            raise UserError(f"--pictures {options.pictures}: no pictures in folders called {', '.join(styles)}"[:400])
+        if not chosen:
+            raise UserError("no held-out pictures were found; give --pictures FOLDER, with a folder a style")
+        pipeline = FlowStylePipeline.from_pretrained(options.checkpoint, autoencoder=options.autoencoder)
+        pipeline.trained |= {"inference": config["inference"]}
+        rows, names = [], []
+        for style, path in chosen:
+            target = (style + 1) % len(styles)
+            picture = images.open_square(path, size)
+            rows.append([picture, pipeline(picture, styles[style], styles[target])])
+            names.append(f"{styles[style]} to {styles[target]}")
+    except UserError as error:
+        if options.pictures:
+            raise
+        return str(error)
     images.save_picture(images.contact_sheet(rows, ("source", "transfer"), names=names), folder / SAMPLES)
-    return True
+    return ""
 
 
 def find_samples(given: Path | None, checkpoint: Checkpoint) -> list[tuple[int, Path]]:

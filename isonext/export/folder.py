@@ -5,7 +5,7 @@ from typing import Any
 
 from isonext.checkpoint import Checkpoint, export_checkpoint, load_checkpoint
 from isonext.config import apply_overrides, config_from_dict, config_to_dict
-from isonext.data.model_folder import CARD, SETTINGS, WEIGHTS
+from isonext.data.model_folder import CARD, CONFIG, WEIGHTS
 from isonext.export.card import Card, draw_samples
 from isonext.export.options import ExportOptions
 from isonext.utils.distributed import refuse_several
@@ -28,13 +28,14 @@ def export(options: ExportOptions) -> int:
             status = int(any(f"{name}.onnx" not in card.onnx for name in onnx_files.OF_THE_AUTOENCODER))
         else:
             export_checkpoint(checkpoint, options.checkpoint, folder, config)
-        card.samples = draw_samples(options, checkpoint, config, folder)
+        why_not = draw_samples(options, checkpoint, config, folder)
+        card.samples = not why_not
         (folder / CARD).write_text(card.text(), encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     if options.format == "safetensors":
-        print(f"{WEIGHTS}: {sizes[WEIGHTS] / 1e6:.3g} MB, step {checkpoint.step}; {SETTINGS}, {CARD}")
-    if not card.samples:
-        print("no sample transfers: no held-out pictures were found; give --pictures FOLDER, with a folder a style")
+        print(f"{WEIGHTS}: {sizes[WEIGHTS] / 1e6:.3g} MB, step {checkpoint.step}; {CONFIG}, {CARD}")
+    if why_not:
+        print(f"no sample transfers: {why_not}")
     print(f"written to {options.output}")
     return status
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from isonext.checkpoint import Checkpoint, load_model
 from isonext.data.autoencoder import Autoencoder, DiffusersAutoencoder
-from isonext.data.model_folder import SETTINGS
+from isonext.data.model_folder import CONFIG
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError, first_line
 from isonext.export.options import ExportOptions
@@ -109,7 +109,7 @@ def write_parts(options: ExportOptions, checkpoint: Checkpoint, config: dict[str
             continue
         print(f"{path.name}: {measured}")
         written[path.name] = f"{part.says}; {measured}"
-    (folder / SETTINGS).write_text(json.dumps(config | known, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config | known, indent=2) + "\n", encoding="utf-8")
     return written
 
 
@@ -187,7 +187,7 @@ def open_session(path: Path) -> Any:
 
     try:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UserError(

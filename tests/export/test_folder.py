@@ -18,7 +18,7 @@ from isonext.data import images
 from isonext.data.model_folder import read_model, write_model
 from isonext.errors import UserError
 from isonext.export import folder as export_folder
-from isonext.export.card import Card, escaped
+from isonext.export.card import Card, draw_samples, escaped
 from isonext.export.folder import public_name
 from isonext.export.options import ExportOptions
 from isonext.utils.io import MARK, folder_written_whole
@@ -234,6 +234,31 @@ def test_samples_are_of_the_pictures_given(studio, within, tmp_path):
     assert not (tmp_path / "n").exists()
 
 
+def test_without_the_autoencoder_or_a_good_picture_there_is_a_model_without_samples(studio, within, tmp_path):
+    tree = torch.load(studio / CHECKPOINT, weights_only=True)
+    tree["latents"]["autoencoder"] = "gone/vae"
+    torch.save(tree, tmp_path / "a.pt")
+    status, out, err = within("export", "--checkpoint", tmp_path / "a.pt", "--output", tmp_path / "m")
+    assert status == 0 and "no sample transfers: autoencoder gone/vae" in out, err
+    assert "samples.png" not in (tmp_path / "m/README.md").read_text()
+    given = ("--pictures", "raw_data", "--output", tmp_path / "n")
+    refused(within("export", "--checkpoint", tmp_path / "a.pt", *given), "autoencoder gone/vae")
+    (_made(tmp_path / "mine/warm") / "a.png").write_bytes(b"none")
+    bad = ("--pictures", tmp_path / "mine", "--output", tmp_path / "n")
+    refused(within("export", "--checkpoint", CHECKPOINT, *bad), "a.png: not a picture")
+    assert not (tmp_path / "n").exists()
+
+
+def test_a_model_of_one_style_has_no_transfer_to_show(studio, exported, monkeypatch, tmp_path):
+    monkeypatch.chdir(studio)
+    checkpoint, options = load_checkpoint(CHECKPOINT), ExportOptions(CHECKPOINT, tmp_path / "m")
+    alone = replace(checkpoint, latents=replace(checkpoint.latents, styles=["cold"]))
+    config = json.loads((exported / "config.json").read_text())
+    assert draw_samples(options, alone, config, tmp_path) == "there is one style alone"
+    text = Card(options, alone, config).text()
+    assert "sample.py" in text and "FlowStylePipeline" not in text
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
@@ -351,7 +376,11 @@ def test_flags_that_go_with_nothing_are_refused(within):
     refused(within("export", *out, "--opset", "18"), "--opset is of --format onnx")
     refused(within("export", *out, "--license", "a\nb"), "--license: must be one line")
     refused(within("export", "--checkpoint", "gone.pt", "--output", "none"), "gone.pt: no such checkpoint")
-    refused(within("export", "--checkpoint", "raw_data", "--output", "none"), "raw_data: is a folder without")
+    refused(
+        within("export", "--checkpoint", "raw_data", "--output", "none"),
+        "raw_data: is a folder without model.safetensors",
+        "a model of export.py",
+    )
 
 
 #################################################################################

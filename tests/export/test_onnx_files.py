@@ -177,7 +177,7 @@ def test_an_autoencoder_that_cannot_be_had_is_told_and_the_network_is_there(stud
     monkeypatch.setattr(onnx_files, "network_part", lambda *_: network)
     monkeypatch.setattr(onnx_files, "TIMED_S", 0.01)
     flags = ("--checkpoint", CHECKPOINT, "--output", tmp_path / "m", "--format", "onnx")
-    monkeypatch.setattr("isonext.export.folder.draw_samples", lambda *_: False)
+    monkeypatch.setattr("isonext.export.folder.draw_samples", lambda *_: "none")
     status, out, err = within("export", *flags)
     assert status == 1 and re.search(r"decoder\.onnx: cannot be had as ONNX \(.*\); left out", out), err
     assert {path.name for path in (tmp_path / "m").glob("*.onnx")} == {"velocity.onnx", "encoder.onnx"}
