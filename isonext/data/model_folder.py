@@ -27,10 +27,10 @@ HEADER = record(format=whole(), checkpoint=text(longest=64), entries=mapped(lamb
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor], header: dict[str, Any], config: dict[str, Any]) -> None:
     """Both files; `header` is {"checkpoint": SHA-256 of what it came from, "entries": those of a checkpoint}."""
-    kept = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    plain = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     written = json.dumps(header | {"format": FORMAT}, sort_keys=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(kept, folder / WEIGHTS, {"isonext": written, "sha256": weights_digest(kept, written)})
+    save_file(plain, folder / WEIGHTS, {"isonext": written, "sha256": weights_digest(plain, written)})
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors writes for this user alone
 
 

@@ -67,6 +67,7 @@ def test_settings_reach_the_transfer_and_alpha_is_left_out(studio, run):
     image = torch.rand(1, 20, 28, 4, generator=torch.Generator().manual_seed(0))
     kept = run(image=image, model=str(studio / CHECKPOINT), strength=0.0)[0]
     assert kept.shape == (1, 20, 28, 3)
+    assert torch.equal(kept, run(image=image[..., :3], model=str(studio / CHECKPOINT), strength=0.0)[0])
     full, scaled = (run(image=image, model=str(studio / CHECKPOINT), cfg_scale=scale)[0] for scale in (-1.0, 4.0))
     assert not torch.equal(full, kept) and not torch.equal(full, scaled)
 

@@ -402,6 +402,15 @@ def test_five_lines_make_the_picture_of_inference_py(studio, within, exported):
     assert pipeline(PICTURE, "cold", "warm").tobytes() != by_path.tobytes(), "by the model's own settings"
 
 
+def test_a_scale_of_auto_is_the_measured_one_and_nothing_is_printed(studio, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(studio)
+    save_changed(studio / CHECKPOINT, tmp_path / "a.pt", front=FRONT)
+    pipeline = isonext.FlowStylePipeline.from_pretrained(tmp_path / "a.pt", device="cpu")
+    auto, measured, other = (pipeline(PICTURE, "cold", "warm", cfg_scale=scale) for scale in ("auto", 1.5, 3))
+    assert auto.tobytes() == measured.tobytes() != other.tobytes()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_picture_of_pillow_is_read_as_its_file_is(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter

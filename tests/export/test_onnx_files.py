@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import CHECKPOINT, ROOT, refused
+from helpers import CHECKPOINT, ROOT, call_within, refused
 from isonext.checkpoint import load_checkpoint, load_model
 from isonext.data.autoencoder import DctCodec
 from isonext.data.store import LatentSpec
@@ -30,8 +30,6 @@ needs_onnx = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def exported(studio, tmp_path_factory):
     """(folder, what the command printed) of the studio's checkpoint, whose own places are all absolute paths."""
-    from helpers import call_within
-
     folder = tmp_path_factory.mktemp("exported") / "model"
     tree = torch.load(studio / CHECKPOINT, weights_only=True)
     tree["config"]["checkpoint"]["save_dir"] = f"{studio}/checkpoints"
@@ -39,9 +37,10 @@ def exported(studio, tmp_path_factory):
     for weight in tree["ema"].values():  # further from its start than a few steps have brought it
         weight.add_(torch.randn_like(weight), alpha=0.1)
     torch.save(tree, folder.parent / "a.pt")
-    status, out, err = call_within(
-        studio, "export", "--checkpoint", folder.parent / "a.pt", "--output", folder, "--format", "onnx"
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_files, "TIMED_S", 0.05)
+        flags = ("--checkpoint", folder.parent / "a.pt", "--output", folder, "--format", "onnx")
+        status, out, err = call_within(studio, "export", *flags)
     assert status == 0, err
     return folder, out
 
