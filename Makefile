@@ -33,12 +33,12 @@ bench: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(RUN) -m isonext.config
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements/dev.txt requirements/eval.txt
+$(VENV)/.installed-dev: requirements.txt pyproject.toml requirements/dev.txt requirements/eval.txt requirements/export.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements/dev.txt
 	touch $@ $(VENV)/.installed

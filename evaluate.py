@@ -16,7 +16,7 @@ from isonext.utils.cli import add_device_flags, new_parser, run
 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Measure a checkpoint on held-out pictures. --set inference.KEY=VALUE changes the settings.")
-    parser.add_argument("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py")
+    parser.add_argument("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py, or a folder of export.py")
     parser.add_argument(
         "--baseline", nargs="+", action="extend", default=[], metavar="FILE", help="other checkpoints to compare with"
     )

@@ -103,7 +103,7 @@ def number_or_auto(text: str) -> float | str:
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Transfer pictures from one style to another. Defaults come from the checkpoint's config.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py")
+    add("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py, or a folder of export.py")
     add("--input", type=Path, help="a picture, a .pt of the latent store, or a folder")
     add("--output", required=True, type=Path, help="a picture file, or a folder for a folder")
     add("--source_style", help="id or name of the input's style")

@@ -49,7 +49,7 @@ def read_options(args: argparse.Namespace) -> SampleOptions:
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Generate pictures from noise. Defaults come from the checkpoint's config.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py")
+    add("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py, or a folder of export.py")
     add("--output", required=True, type=Path, help="a folder")
     add("--styles", nargs="+", metavar="STYLE", help="names or ids of the styles to make; by default all")
     count = parser.add_mutually_exclusive_group()

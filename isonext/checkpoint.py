@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from isonext import __version__
-from isonext.config import ONLY_OF, Config, config_from_dict, config_to_dict
+from isonext.config import ONLY_OF, Config, config_from_dict, config_to_dict, load_config
+from isonext.data.model_folder import BASE as BASE_TENSORS
+from isonext.data.model_folder import CONFIG, NETWORK, WEIGHTS, read_header, read_model, write_model
 from isonext.data.store import LatentSpec, shown, spec_of
 from isonext.errors import UserError, brief, first_line
 from isonext.flow.base import Base
 from isonext.models.dit import DiT
-from isonext.utils.io import load_data, written_whole
+from isonext.utils.io import file_sha256, load_data, written_whole
 from isonext.utils.schema import (
     Check,
     Mismatch,
@@ -105,6 +107,11 @@ class Checkpoint:
     front: dict = dataclasses.field(default_factory=dict)  # measured at the end, see `Validation.measure_front`
     version: str = __version__  # of the program that wrote it; "" where that did not say yet
 
+    @property
+    def can_resume(self) -> bool:
+        """Whether a training can go on from it; an exported one has nothing but the averaged weights."""
+        return bool(self.optimizer["param_groups"])
+
     def save(self, path: Path) -> None:
         tree = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         tree |= {"format": FORMAT, "config": config_to_dict(self.config)}
@@ -114,8 +121,8 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and check; anything that is not a checkpoint of this program is refused in one line."""
-    tree = load_data(path, "checkpoint")
+    """Read and check a checkpoint, or a folder of export.py; anything else is refused in one line."""
+    tree = _tree_of_folder(Path(path)) if Path(path).is_dir() else load_data(path, "checkpoint")
     names = {entry.name for entry in dataclasses.fields(Checkpoint)} | {"format"}
     if not isinstance(tree, dict) or type(tree.get("format")) is not int:
         raise UserError(f"{path}: not a checkpoint of train.py")
@@ -140,6 +147,36 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: damaged ({error})") from None
     _check_sizes(checkpoint, path)
     return checkpoint
+
+
+def _tree_of_folder(folder: Path) -> dict:
+    """That of the checkpoint it came from, as far as it went along: weights that are the average, and no training."""
+    header, tensors = read_model(folder)
+    tree, config = header["entries"], config_to_dict(load_config(folder / CONFIG))
+    network, base = (
+        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+        for kind in (NETWORK, BASE_TENSORS)
+    )
+    if len(network) + len(base) != len(tensors) or not isinstance(tree.get("base"), dict):
+        raise UserError(f"{folder / WEIGHTS}: damaged (it has no base, or tensors of neither network nor base)")
+    tree |= {"base": tree["base"] | base, "config": config, "model": network, "ema": network}
+    return tree | {"format": FORMAT, "store": "", "guard": {}, "optimizer": {"state": {}, "param_groups": []}}
+
+
+def export_checkpoint(checkpoint: Checkpoint, path: str | Path, folder: Path, config: dict[str, Any]) -> None:
+    """To a folder that `load_checkpoint` reads: what transfers need of the checkpoint at `path`, and this config."""
+    latents, base = dataclasses.asdict(checkpoint.latents), dataclasses.asdict(checkpoint.base)
+    latents["autoencoder"] = config["autoencoder"]["name"]
+    tensors = {f"{NETWORK}{name}": tensor for name, tensor in checkpoint.ema.items()}
+    tensors |= {f"{BASE_TENSORS}{name}": base.pop(name) for name in ("mean", "deviation", "layouts")}
+    entries = {name: getattr(checkpoint, name) for name in ("step", "epoch", "ema_head_start", "front", "version")}
+    header = {"checkpoint": checkpoint_digest(path), "entries": entries | {"latents": latents, "base": base}}
+    write_model(folder, tensors, header, config)
+
+
+def checkpoint_digest(path: str | Path) -> str:
+    """SHA-256 of a checkpoint's file; of an exported folder, that of the checkpoint it came from, whose bits it has."""
+    return read_header(Path(path))["checkpoint"] if Path(path).is_dir() else file_sha256(path)
 
 
 def _base_of(tree: Any, spec: LatentSpec) -> Base:

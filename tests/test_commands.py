@@ -61,6 +61,7 @@ def test_help_of_every_command_names_its_flags():
         ("evaluate.py", "--pairs"),
         ("test_model.py", "--device"),
         ("demo.py", "--config"),
+        ("export.py", "--opset"),
     ):
         done = call(ROOT, name, "--help", cold=True)
         assert done.returncode == 0 and flag in done.stdout, done.stderr
@@ -76,7 +77,7 @@ def imported_by(folder: Path, *arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ("preprocess_latents", "train", "inference", "evaluate", "sample", "test_model", "demo")
+    "name", ("preprocess_latents", "train", "inference", "evaluate", "sample", "test_model", "demo", "export")
 )
 def test_help_imports_nothing_that_takes_long(name):
     found = imported_by(ROOT, f"{name}.py", "--help")

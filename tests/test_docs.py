@@ -56,6 +56,7 @@ WRITTEN |= {"data_config.json", "lines.txt"}  # the last two of the text example
 FOREIGN = {"stage1_extract_features.py", "stage2_train_dit.py", "stage3_inference.py", "scripts/batch_sample.py"}
 FOREIGN |= {"run_complete_pipeline.py", "download_models.py", "dataset/download_data.py", "scripts/train_text.py"}
 FOREIGN |= {"scripts/generate_text.py", "scripts/eval_text.py"}
+SUFFIXES = (".py", ".ckpt", ".pt", ".md", ".json", ".safetensors")  # of files called as a section is
 LAUNCHERS = {"--nproc_per_node", "--standalone", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
 LAUNCHERS |= {"--multi_gpu", "--num_processes", "--help", "--local-dir"}
 PATH = re.compile(r"(?<![\w./<>{}*-])(?:[\w.-]+/)*[\w.-]+\.(?:py|md|json|toml|txt|yaml|cff)\b(?![\w/*])")
@@ -151,7 +152,7 @@ def test_config_keys_exist(page):
     sections = "|".join(section.name for section in dataclasses.fields(Config))
     for code in [*code_blocks(text), *spans(without_blocks(text))]:
         for key in re.findall(rf"(?<![\w./-])(?:{sections})\.[a-z]\w*", code):
-            assert key in KEYS or key.endswith((".py", ".ckpt", ".pt", ".md", ".json")), f"{page}: {key}"
+            assert key in KEYS or key.endswith(SUFFIXES), f"{page}: {key}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -61,9 +61,7 @@ class LatentSplit:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of what is drawn from: the pictures' names, whether there are mirrored copies, and how many crops."""
-        drawn = (len(self.latents), self.names, *[self.crops] * bool(self.crops))
-        return hashlib.sha256(repr(drawn).encode()).hexdigest()
+        return split_digest(len(self.latents), self.names, self.crops)
 
     @functools.cached_property
     def by_style(self) -> Tensor:
@@ -83,6 +81,12 @@ class LatentSplit:
         copy = copy if crop is None else copy + squares * crop
         raw = torch.from_numpy(np.ascontiguousarray(self.latents[copy.numpy(), index.numpy()]))
         return self.spec.standardise(raw), self.styles[index]
+
+
+def split_digest(copies: int, names: list[str], crops: int) -> str:
+    """Of what is drawn from: the pictures' names, whether there are mirrored copies, and how many crops."""
+    drawn = (copies, names, *[crops] * bool(crops))
+    return hashlib.sha256(repr(drawn).encode()).hexdigest()
 
 
 def load_split(root: Path, meta: StoreMeta, split: str, memory_limit: int | None = None) -> LatentSplit:

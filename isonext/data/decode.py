@@ -102,6 +102,16 @@ def open_picture(path: str | Path) -> Image.Image:
         return _decode_png_without_extras(path)
 
 
+def convert_picture(picture: Image.Image) -> Image.Image:
+    """A picture that Pillow opened or made, as `open_picture` gives a file's."""
+    name = Path(getattr(picture, "filename", "") or "the picture")
+    with one_picture(name):
+        picture.load()
+        turn = TURNS.get(_orientation(picture))
+        rgb = to_srgb(eight_bits(picture), name)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
 def picture_size(path: Path) -> tuple[int, int] | None:
     """Width and height of what `open_picture` will give, from the file's header alone; None where it has none."""
     if not path.is_file():

@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
 from isonext.data.colour import srgb_profile
-from isonext.data.decode import READABLE, BadPicture, one_picture, open_picture, picture_size
+from isonext.data.decode import READABLE, BadPicture, convert_picture, one_picture, open_picture, picture_size
 from isonext.errors import UserError, first_line
 from isonext.utils.io import written_whole
 
-__all__ = ["READABLE", "BadPicture", "one_picture", "open_picture", "picture_size"]  # of decode.py
+__all__ = ["READABLE", "BadPicture", "convert_picture", "one_picture", "open_picture", "picture_size"]  # of decode.py
 _COMMON = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SUFFIXES: tuple[str, ...] = (*_COMMON, ".avif") if features.check("avif") else _COMMON  # that are written
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383, "AVIF": 65535}  # that the encoders take

@@ -142,6 +142,7 @@ def resolve_settings(
     checkpoint: str,  # its name, for a message
     legs: TransferSettings | None = None,  # of a kept structure
     front: dict | None = None,  # of the checkpoint
+    tell: bool = True,  # print what a scale of auto came to
 ) -> TransferSettings:
     """The checkpoint's (or --config's) inference section, under --set, under the flags; checked like any config.
 
@@ -152,7 +153,7 @@ def resolve_settings(
     tree["inference"] |= options.flags
     inference = config_from_dict(tree, where="inference settings").inference
     settings = transfer_settings(inference, options.strength, options.seed, front)
-    if front and inference.cfg_scale == "auto":
+    if tell and front and inference.cfg_scale == "auto":
         print(front_line(front))
     if legs:
         settings = replace(settings, **{name: getattr(legs, name) for name in (*OF_THE_LEGS, "strength", "skip")})

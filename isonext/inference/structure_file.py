@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from isonext.checkpoint import checkpoint_digest
 from isonext.config import SETTINGS, config_from_dict
 from isonext.data.store import shown
 from isonext.errors import UserError
@@ -80,7 +81,7 @@ def fixed_bits(pipeline: Pipeline) -> dict[str, str | bool | int]:
     """What fixes the network's output to the last bit, beside its input."""
     assert pipeline.path is not None  # it came from a file
     return {
-        "checkpoint": _file_sha256(pipeline.path),
+        "checkpoint": checkpoint_digest(pipeline.path),
         "autoencoder": pipeline.codec.digest,
         "precision": "bf16" if pipeline.bf16 else "fp32",
         "compiled": pipeline.compiled,
@@ -180,12 +181,4 @@ def _seal(written: str, tensors: dict[str, Tensor]) -> str:
     seal = hashlib.sha256(written.encode())
     for name, tensor in tensors.items():
         seal.update(str((name, tensor.dtype, tuple(tensor.shape))).encode() + _bytes(tensor))
-    return seal.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    seal = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            seal.update(block)
     return seal.hexdigest()

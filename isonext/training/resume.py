@@ -27,8 +27,13 @@ def find_start(folder: Path, resume: str | None) -> tuple[Path, Checkpoint] | No
 
     UserError where a new run would write over the checkpoints of another.
     """
+    if resume == "newest":
+        return newest_checkpoint(folder)
     if resume is not None:
-        return newest_checkpoint(folder) if resume == "newest" else (Path(resume), load_checkpoint(resume))
+        found = load_checkpoint(resume)
+        if not found.can_resume:
+            raise UserError(f"{resume}: an exported model has no training state; start anew with --init {resume}")
+        return Path(resume), found
     if holds_checkpoints(folder):
         raise UserError(
             f"{folder}: holds the checkpoints of a run; go on with --resume, "

@@ -1,10 +1,13 @@
 """Files appear whole or not at all, and what is read back is data, never code; work in threads beside the network."""
 
 import contextlib
+import glob
+import hashlib
 import itertools
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -51,6 +54,36 @@ def written_whole(path: str | Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """`written_whole` for a folder of files: yields one beside it, which takes its name when the block succeeds.
+
+    What a killed one left beside goes first. UserError where something is there already.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()) or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"{path}: is there already, and nothing is written over it; give another folder")
+    path = path.absolute()
+    beside = path.with_name(f".{path.name}{MARK}{os.getpid()}_{next(_COUNT)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}{MARK}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir()
+        yield beside
+        for name in beside.iterdir():
+            with open(name, "rb+") as file:
+                os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()  # it is empty
+        os.rename(beside, path)
+    except Exception as error:
+        if isinstance(error, UserError) or (reason := _why_unwritten(error)) is None:
+            raise
+        raise WriteError(path, reason, getattr(error, "errno", None)) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def _why_unwritten(error: Exception) -> str | None:
     """The reason where an error comes from the disk and not from what was to be written; libraries wrap it."""
     if isinstance(error, OSError):
@@ -86,7 +119,8 @@ def refuse_inside(folder: str, key: str, root: str, root_key: str) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed `written_whole` left in `folder`, known by its mark; what others left there stays."""
     for leftover in folder.glob(f".*{MARK}*"):
-        if re.fullmatch(rf"\..*{re.escape(MARK)}\d+_\d+(\.[^.]*)?", leftover.name, re.DOTALL):
+        own = re.fullmatch(rf"\..*{re.escape(MARK)}\d+_\d+(\.[^.]*)?", leftover.name, re.DOTALL)
+        if own and not leftover.is_dir():  # a folder is another command's
             leftover.unlink(missing_ok=True)
 
 
@@ -166,6 +200,14 @@ def _is_of_old_format(path: Path) -> bool:
     start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
     with open(path, "rb") as file:
         return file.read(len(start)) == start
+
+
+def file_sha256(path: str | Path) -> str:
+    seal = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            seal.update(block)
+    return seal.hexdigest()
 
 
 def natural_order(name: str) -> tuple:

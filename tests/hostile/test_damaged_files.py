@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from helpers import TINY
 from hostile.wrong import DEEP, PLAIN, deep_list, fields, judge, named, with_field, wrong_tensors
 from isonext import checkpoint as checkpoint_file
-from isonext.checkpoint import Checkpoint, build_model, load_checkpoint, load_model
+from isonext.checkpoint import Checkpoint, build_model, export_checkpoint, load_checkpoint, load_model
 from isonext.config import config_from_dict
 from isonext.data import pt_store
+from isonext.data.autoencoder import weights_digest
 from isonext.data.dataset import load_split, open_store
 from isonext.data.external import survey
+from isonext.data.model_folder import read_header, read_model
 from isonext.data.pt_store import read_latent, write_latent
 from isonext.data.shards import read_alike, read_shard
 from isonext.data.store import LatentSpec, StoreMeta
@@ -134,6 +136,59 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_had(goo
     torch.save(tree | {"config": tree["config"] | {"model": tree["config"]["model"] | changes}}, path)
     with pytest.raises(checkpoint_file.UserError, match=words):
         load_checkpoint(path)
+
+
+#################################################################################
+#                               The exported model                              #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def good_model(good_checkpoint, tmp_path_factory) -> tuple[Path, dict, dict]:
+    """A folder of export.py, its header and its tensors."""
+    folder = tmp_path_factory.mktemp("model")
+    export_checkpoint(load_checkpoint(good_checkpoint[0]), good_checkpoint[0], folder, asdict(CONFIG))
+    return folder, *read_model(folder)
+
+
+def write_header(folder: Path, tensors: dict, header: dict) -> None:
+    """A model.safetensors with this header, whatever it is, and the checksum that goes with it."""
+    written = json.dumps(header).replace(json.dumps(DEEP), "[" * 10**5 + "]" * 10**5)
+    save_file(tensors, folder / "model.safetensors", {"isonext": written, "sha256": weights_digest(tensors, written)})
+
+
+def test_a_model_with_one_wrong_field_is_one_line_or_a_network(good_model):
+    folder, header, tensors = good_model
+    path, cases, faults = folder / "model.safetensors", 0, []
+    entries = [("entries", name) for name in header["entries"]]
+    for field in [
+        ("format",),
+        ("checkpoint",),
+        ("entries",),
+        *entries,
+        *(("entries", "base", name) for name in ("strength", "cells")),
+    ]:
+        for name, value in ({"missing": ...} | PLAIN).items():
+            write_header(folder, tensors, with_field(header, field, value))
+            cases += 1
+            fault = judge(lambda: use_checkpoint(folder, "model"), path) or judge(lambda: read_header(folder), path)
+            faults += [f"{named(field)} = {name}: {fault}"] if fault else []
+    write_header(folder, tensors, header)
+    assert not faults, f"{len(faults)} of {cases}:\n" + "\n".join(faults)
+    use_checkpoint(folder, "model")
+    assert cases > 200 and [entry.name for entry in listing(folder)] == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["network.head.weight", "base.mean", "base.layouts"])
+def test_a_model_with_one_wrong_tensor_is_one_line_or_a_network(good_model, name):
+    folder, header, tensors = good_model
+    faults, wrong = [], wrong_tensors()
+    for kind, value in ({kind: wrong[kind] for kind in STORED} | {"missing": ...}).items():
+        write_header(folder, with_field(tensors, (name,), value), header)
+        fault = judge(lambda: use_checkpoint(folder, "model"), folder / "model.safetensors")
+        faults += [f"{kind}: {fault}"] if fault else []
+    write_header(folder, tensors, header)
+    assert not faults, "\n".join(faults)
 
 
 #################################################################################

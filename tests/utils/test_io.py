@@ -103,8 +103,10 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, "entry.bin"])
     for name in (".entry.isonext-tmp-12_0.bin", ".a b.c.isonext-tmp-1_22"):
         (tmp_path / name).touch()
+    (tmp_path / ".model.isonext-tmp-7_0").mkdir()  # of `folder_written_whole`, which may be under way
     remove_unfinished(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, "entry.bin"])
+    left = sorted([*theirs, "entry.bin", ".model.isonext-tmp-7_0"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 #################################################################################
