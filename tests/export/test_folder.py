@@ -236,13 +236,16 @@ def test_samples_are_of_the_pictures_given(studio, within, tmp_path):
 
 def test_without_the_autoencoder_or_a_good_picture_there_is_a_model_without_samples(studio, within, tmp_path):
     tree = torch.load(studio / CHECKPOINT, weights_only=True)
-    tree["latents"]["autoencoder"] = "gone/vae"
+    tree["latents"]["autoencoder"] = "dct:f4c13"  # not the one that it was trained with
     torch.save(tree, tmp_path / "a.pt")
     status, out, err = within("export", "--checkpoint", tmp_path / "a.pt", "--output", tmp_path / "m")
-    assert status == 0 and "no sample transfers: autoencoder gone/vae" in out, err
+    assert status == 0 and f"no sample transfers: {tmp_path}/a.pt: trained on 12-channel latents" in out, err
     assert "samples.png" not in (tmp_path / "m/README.md").read_text()
     given = ("--pictures", "raw_data", "--output", tmp_path / "n")
-    refused(within("export", "--checkpoint", tmp_path / "a.pt", *given), "autoencoder gone/vae")
+    refused(
+        within("export", "--checkpoint", tmp_path / "a.pt", *given),
+        "12-channel latents, autoencoder dct:f4c13 gives 13",
+    )
     (_made(tmp_path / "mine/warm") / "a.png").write_bytes(b"none")
     bad = ("--pictures", tmp_path / "mine", "--output", tmp_path / "n")
     refused(within("export", "--checkpoint", CHECKPOINT, *bad), "a.png: not a picture")
