@@ -9,8 +9,10 @@ from starlette.middleware import Middleware
 from isonext.app.options import AppOptions
 from isonext.app.parts import NOT_ASKED, choice
 from isonext.app.runs import list_checkpoints
+from isonext.app.sample_tab import SampleTab
 from isonext.app.server import IN_LINE, MOST_BYTES, Gate
 from isonext.app.studio import Studio
+from isonext.app.train_tab import TrainTab
 from isonext.app.transfer_tab import TransferTab
 from isonext.app.words import say, translations
 
@@ -43,8 +45,13 @@ def build_page(options: AppOptions, folder: Path) -> gr.Blocks:
             )
             refresh = gr.Button(words("refresh"), scale=1, min_width=120, elem_id="refresh")
         nothing = gr.Markdown(visible=False, elem_id="nothing")
-        with gr.Tabs(), gr.Tab(words("transfer"), id="transfer"):
-            TransferTab(studio, words, checkpoint)
+        with gr.Tabs():
+            with gr.Tab(words("transfer"), id="transfer"):
+                TransferTab(studio, words, checkpoint)
+            with gr.Tab(words("train"), id="train") as training:
+                TrainTab(studio, words, options, training)
+            with gr.Tab(words("sample"), id="sample"):
+                SampleTab(studio, words, checkpoint)
         gr.on([page.load, refresh.click], look, checkpoint, [checkpoint, nothing], queue=False, **NOT_ASKED)
     page.queue(api_open=False, max_size=IN_LINE)
     page.words = words

@@ -54,5 +54,5 @@ def sent(component: Any) -> Any:
 
 def choice(dropdown: gr.Dropdown) -> gr.Dropdown:
     """A dropdown whose choices change: what is chosen is looked up where it is used."""
-    dropdown.preprocess = lambda payload: payload if isinstance(payload, str) else None
+    dropdown.preprocess = lambda payload: payload if isinstance(payload, str | list) else None
     return dropdown

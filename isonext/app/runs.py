@@ -3,6 +3,7 @@
 What a browser names is looked up here, in what the server finds, and is never a path.
 """
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from isonext.checkpoint import BEST
 from isonext.errors import UserError
 from isonext.training.folder import METRICS
 from isonext.training.log import read_metrics
-from isonext.utils.io import natural_order
+from isonext.utils.io import LOCK, natural_order
 
 CHECKPOINT = re.compile(r"stage(\d+)_(?:epoch(\d+)|interrupted)\.pt")
+RECORD = "app.json"  # of a training that the page has started, see trainings.py
+MARKS = {METRICS, RECORD, LOCK}  # one of them is in the folder of a run without a checkpoint yet
 DEPTH = 4  # folders below the root in which runs are looked for
 MOST = 500  # runs that are listed
 FIGURES = {"val_style_success": "style", "val_ssim": "SSIM", "val_loss": "loss"}
@@ -42,20 +45,20 @@ def value_of(run: Run, checkpoint: Path) -> str:
 
 
 def find_runs(root: Path) -> list[Run]:
-    """The folders at and below `root` with checkpoints or a log, the one that changed last first. Links are not
-    followed."""
+    """The folders at and below `root` with checkpoints, or where a training has begun, the one that changed last first.
+    Links are not followed."""
     runs = []
     for place, folders, files in os.walk(root):
         folder = Path(place)
         depth = len(folder.relative_to(root).parts)
         folders[:] = [name for name in folders if not name.startswith(".") and depth < DEPTH]
         found = [name for name in files if CHECKPOINT.fullmatch(name) or name == BEST]
-        if found or METRICS in files:
+        if found or MARKS & set(files):
             checkpoints = sorted((folder / name for name in found), key=_newest_first)
             runs.append(Run(folder.relative_to(root).as_posix(), folder, checkpoints))
         if len(runs) == MOST:
             break
-    return sorted(runs, key=lambda run: (-_changed(run.folder / METRICS), natural_order(run.name)))
+    return sorted(runs, key=lambda run: (-_changed(run.folder), natural_order(run.name)))
 
 
 def list_checkpoints(root: Path) -> list[tuple[str, str]]:
@@ -110,8 +113,10 @@ def _newest_first(path: Path) -> tuple:
     return found is None, -int(found[1]) if found else 0, epoch is not None, -(epoch or 0)
 
 
-def _changed(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+def _changed(folder: Path) -> float:
+    """When a run last wrote a line or a file."""
+    times = []
+    for path in (folder, folder / METRICS):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times, default=0.0)

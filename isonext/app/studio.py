@@ -21,6 +21,7 @@ from torch import Tensor
 from isonext.app.guess import style_losses
 from isonext.app.recent import Recent, remember_inversions
 from isonext.app.runs import find_checkpoint
+from isonext.app.trainings import under_way
 from isonext.data import images
 from isonext.data.deep_png import save_deep
 from isonext.data.store import fingerprint
@@ -31,12 +32,14 @@ from isonext.inference.jobs import generate_targets, original_of, restored_line,
 from isonext.inference.options import (
     NetworkOptions,
     RestyleOptions,
+    SampleOptions,
     SettingsOptions,
     TargetOptions,
     TransferOptions,
 )
 from isonext.inference.plan import Plan, open_pipeline, plan_restyle_with, plan_with
 from isonext.inference.report import Report
+from isonext.inference.sampling import SHEET, draw_sheet, plan_samples, sample_batches, sampling_settings
 from isonext.inference.structure_file import SUFFIX, Structure, load_structure
 from isonext.pipeline import Pipeline
 from isonext.utils.device import allow_tf32, deterministic
@@ -44,6 +47,7 @@ from isonext.utils.device import allow_tf32, deterministic
 Result = TypeVar("Result")
 MOST_PIXELS = 2**25  # of a picture that the page takes; a folder of larger ones is for inference.py
 LONGEST_STEM = 60  # letters of an upload's name that its results keep
+MOST_SAMPLES, AT_ONCE = 64, 16  # of a job, and of a batch
 LOADED, ENCODED = 2, 4  # checkpoints and pictures that are kept ready
 
 
@@ -112,7 +116,7 @@ class Studio:
     def do(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """`work(*arguments)` on the device's thread; what goes wrong is a UserError of one sentence."""
         try:
-            return self.thread.submit(work, *arguments).result()
+            return self.thread.submit(self._alone, work, *arguments).result()
         except UserError:
             raise
         except FloatingPointError as error:
@@ -123,6 +127,12 @@ class Studio:
                 raise UserError("the device is out of memory; a smaller size takes less") from None
             traceback.print_exc()
             raise UserError(f"{type(error).__name__}: {first_line(error)}; the server's terminal shows more") from None
+
+    def _alone(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """A training takes what memory there is: nothing goes on beside it."""
+        if busy := under_way(self.runs):
+            raise UserError(f"{busy.name}: is being trained and has the device; stop it in the tab Train, or wait")
+        return work(*arguments)
 
     def release(self) -> None:
         """Let go of networks and latents: somebody else wants the memory."""
@@ -207,6 +217,30 @@ class Studio:
         latents = loaded.pipeline.encode(images.to_pixels(images.to_bytes(picture))[None])
         losses = zip(loaded.styles, style_losses(loaded.pipeline, latents), strict=False)
         return sorted(losses, key=lambda pair: pair[1])
+
+    #############################################################################
+    #                                  Samples                                  #
+    #############################################################################
+
+    def sample(
+        self, checkpoint: str, styles: list[str], count: int, seed: int, flags: dict[str, Any]
+    ) -> tuple[Path, list[tuple[Path, str]]]:
+        """`count` pictures of each style from noise: the sheet, and (path, style) of each."""
+        loaded, folder = self.open(checkpoint), self._new_folder()
+        spec, size = loaded.pipeline.spec, min(AT_ONCE, count * len(styles or loaded.styles))
+        options = SampleOptions(
+            *(self._network(loaded.path), SettingsOptions(flags=flags), folder, tuple(styles)),
+            num_samples_per_style=count,
+            seed=seed,
+        )
+        settings = sampling_settings(options, loaded.trained, spec, loaded.pipeline.base)
+        samples = plan_samples(options, spec)
+        if len(samples) > MOST_SAMPLES:
+            raise UserError(f"{len(samples)} samples: at most {MOST_SAMPLES} at once here; sample.py makes more")
+        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        sample_batches(batches, loaded.pipeline, settings, seed, size)
+        images.save_picture(draw_sheet(samples, spec), folder / SHEET)
+        return folder / SHEET, [(sample.path, spec.styles[sample.style]) for sample in samples]
 
     #############################################################################
     #                              Structure files                              #

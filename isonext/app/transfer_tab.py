@@ -1,5 +1,6 @@
 """The tab that transfers pictures."""
 
+import html
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -222,14 +223,17 @@ class TransferTab:
     #############################################################################
 
     def settle(self, checkpoint: str | None, picture: Path | None, request: gr.Request) -> tuple:
-        """The styles and the settings of a checkpoint that was chosen."""
+        """The styles and the settings of a checkpoint that was chosen; why not, in place of the guess."""
         if not checkpoint:
             return (gr.skip(),) * 7
-        loaded = told(self.studio.do, self.studio.open, checkpoint)
+        try:
+            loaded = self.studio.do(self.studio.open, checkpoint)
+            guessed = self._guess(checkpoint, picture, request)
+        except UserError as error:
+            return *(gr.skip(),) * 6, html.escape(str(error))
         styles, inference, front = loaded.styles, loaded.trained["inference"], loaded.pipeline.front
         auto = inference["cfg_scale"] == "auto"
         scale = front.get("scale", 2.0) if auto else inference["cfg_scale"]
-        guessed = self._guess(checkpoint, picture, request)
         return (
             gr.Dropdown(styles, value=guessed[0] or styles[0]),
             gr.Dropdown(styles, value=styles[-1]),

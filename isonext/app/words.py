@@ -54,6 +54,45 @@ WORDS: dict[str, tuple[str, str]] = {
         "no certificate: {} is not exactly reversible; the method alf is",
         "没有证书：{} 不能精确逆转；alf 方法可以",
     ),
+    # of training
+    "folder": ("Folder of pictures (one folder a style)", "图片文件夹（每种风格一个文件夹）"),
+    "no_pictures": (
+        "**No pictures here yet.** Put one folder of pictures a style below `{}`, such as `{}/photo` and "
+        "`{}/painting`, and press *Look again*.",
+        "**这里还没有图片。** 请在 `{}` 下为每种风格建一个图片文件夹，例如 `{}/photo` 和 `{}/painting`，"
+        "然后点“刷新列表”。",
+    ),
+    "config": ("Config", "配置"),
+    "epochs": ("Epochs; 0: as the config says", "轮数；0 按配置"),
+    "side": ("Side of the training squares in pixels; 0: as the config says", "训练图片边长（像素）；0 按配置"),
+    "batch": ("Batch; 0: as the config says", "批大小；0 按配置"),
+    "dct": ("Built-in codec dct, which needs no weights", "使用内置编解码器 dct（无需权重）"),
+    "look": ("Look at the folder", "检查文件夹"),
+    "found": ("What was found, and the plan", "检查结果与内存计划"),
+    "commands": ("The same, typed", "等价的命令"),
+    "start": ("Start, or go on", "开始或继续"),
+    "stop": ("Stop", "停止"),
+    "run": ("Run", "训练"),
+    "losses": ("Training loss by quarter of t", "按 t 的四分段的训练损失"),
+    "figures": ("Validation", "验证"),
+    "previews": ("Previews: held-out pictures in other styles", "预览：留出图片转为其他风格"),
+    "log": ("What the commands print", "命令的输出"),
+    "preparing": ("**{}**: preparing the pictures", "**{}**：正在预处理图片"),
+    "training": ("**{}**: training", "**{}**：训练中"),
+    "elsewhere": ("**{}**: training, started elsewhere", "**{}**：训练中（在别处启动）"),
+    "stopping": ("**{}**: stopping; it saves first", "**{}**：正在停止，先保存"),
+    "at_rest": ("**{}**: not under way", "**{}**：未在运行"),
+    "place": ("step {}, epoch {:.4g}", "第 {} 步，第 {:.4g} 轮"),
+    "of_epochs": (" of {}", " / 共 {} 轮"),
+    "speed": ("{:.3g} pictures/s", "每秒 {:.3g} 张图片"),
+    "left": ("about {} left", "约剩 {}"),
+    # of samples
+    "styles": ("Styles; none: all", "风格；不选则为全部"),
+    "count": ("Samples of each", "每种数量"),
+    "seed": ("Seed", "随机种子"),
+    "generate": ("Sample", "采样"),
+    "grid": ("All samples, a row a style", "全部样本，每行一种风格"),
+    "singles": ("One by one", "逐张"),
 }
 LOCALES = {"en": 0, "zh": 1, "zh-CN": 1, "zh-TW": 1}
 
