@@ -7,7 +7,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from isonext.app.options import AppOptions
-from isonext.app.parts import NOT_ASKED, choice
+from isonext.app.parts import NOT_ASKED, choice, chosen_of
 from isonext.app.runs import list_checkpoints
 from isonext.app.sample_tab import SampleTab
 from isonext.app.server import IN_LINE, MOST_BYTES, Gate
@@ -20,8 +20,12 @@ CLEAN_EVERY_S, KEEP_S = 600, 4 * 3600  # files of results and uploads
 FONTS = ["system-ui", "Noto Sans CJK SC", "sans-serif"]  # of the system: nothing is fetched
 MONO = ["ui-monospace", "monospace"]
 STYLE = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto; }
-#report textarea { font-family: var(--font-mono); font-size: 0.85em; }
+.gradio-container { width: 100%; max-width: 1280px !important; margin: 0 auto; }
+#refresh { align-self: center; flex-grow: 0; }
+#report textarea, #kept_report textarea, #log textarea, #commands textarea, #found textarea {
+  font-family: var(--font-mono); font-size: var(--text-xs); }
+#found textarea { white-space: pre; overflow-x: auto; }
+#figures table, #figures th, #figures td { border-color: var(--border-color-primary); padding: 2px 10px; }
 """
 
 
@@ -33,26 +37,31 @@ def build_page(options: AppOptions, folder: Path) -> gr.Blocks:
     def look(chosen: str | None, request: gr.Request) -> tuple:
         """The checkpoints that there are now; what was chosen stays, if it is still there."""
         choices = list_checkpoints(options.runs)
-        values = [value for _, value in choices]
-        value = chosen if chosen in values else next(iter(values), None)
         sentence = "" if choices else say("no_runs", request.headers, options.runs)
-        return gr.Dropdown(choices, value=value), gr.Markdown(sentence, visible=not choices)
+        return gr.Dropdown(choices, value=chosen_of(choices, chosen)), gr.Markdown(sentence, visible=not choices)
 
     with gr.Blocks(title="IsoNext-Flow", analytics_enabled=False, delete_cache=(CLEAN_EVERY_S, KEEP_S)) as page:
-        with gr.Row(equal_height=True):
+        with gr.Row():
             checkpoint = choice(
                 gr.Dropdown([], label=words("checkpoint"), scale=4, min_width=240, elem_id="checkpoint")
             )
-            refresh = gr.Button(words("refresh"), scale=1, min_width=120, elem_id="refresh")
+            refresh = gr.Button(words("refresh"), min_width=120, size="md", elem_id="refresh")
         nothing = gr.Markdown(visible=False, elem_id="nothing")
         with gr.Tabs():
-            with gr.Tab(words("transfer"), id="transfer"):
+            with gr.Tab(words("transfer"), id="transfer") as transfers:
                 TransferTab(studio, words, checkpoint)
             with gr.Tab(words("train"), id="train") as training:
                 TrainTab(studio, words, options, training)
             with gr.Tab(words("sample"), id="sample"):
                 SampleTab(studio, words, checkpoint)
-        gr.on([page.load, refresh.click], look, checkpoint, [checkpoint, nothing], queue=False, **NOT_ASKED)
+        gr.on(
+            [page.load, refresh.click, transfers.select],
+            look,
+            checkpoint,
+            [checkpoint, nothing],
+            queue=False,
+            **NOT_ASKED,
+        )
     page.queue(api_open=False, max_size=IN_LINE)
     page.words = words
     return page

@@ -56,3 +56,9 @@ def choice(dropdown: gr.Dropdown) -> gr.Dropdown:
     """A dropdown whose choices change: what is chosen is looked up where it is used."""
     dropdown.preprocess = lambda payload: payload if isinstance(payload, str | list) else None
     return dropdown
+
+
+def chosen_of(choices: list[tuple[str, str]], value: str | None) -> str | None:
+    """What was chosen, if it is still there, or else the first of the choices (label, value)."""
+    values = [found for _, found in choices]
+    return value if value in values else next(iter(values), None)

@@ -45,13 +45,16 @@ class Training:
         return "\n".join(shlex.join(["python", *map(_shorten, part)]) for part in (self.preprocess, self.train))
 
 
-def list_folders(root: Path) -> list[str]:
-    """The folders of folders at and just below `root`, which may be data sets: "." is the root itself."""
+def list_folders(root: Path) -> list[tuple[str, str]]:
+    """(label, value) of the folders of folders at and just below `root`, which may be data sets; "." is the root."""
     if not root.is_dir():
         return []
     inner = sorted(filter(_is_shown, root.iterdir()), key=lambda path: natural_order(path.name))
-    names = ["."] if inner else []
-    return [*names, *(path.name for path in inner if any(map(_is_shown, path.iterdir())))][:MOST_FOLDERS]
+    sets = [path for path in inner if any(map(_is_shown, path.iterdir()))]
+    own, others = [(str(root), ".")], [(str(path), path.name) for path in sets]
+    # Where all of them hold folders it is likely that each is a data set.
+    found = others + own if len(sets) == len(inner) else own + others
+    return found[:MOST_FOLDERS] if inner else []
 
 
 def list_configs() -> list[str]:
@@ -66,7 +69,7 @@ def plan_training(recipe: Recipe, pictures: Path, runs: Path) -> Training:
     A config that is of this folder keeps its own places. Otherwise they are named after the folder, and after the
     config where that is not config.json. A run that has checkpoints is gone on with.
     """
-    if recipe.pictures not in list_folders(pictures):
+    if recipe.pictures not in (value for _, value in list_folders(pictures)):
         raise UserError(f"{str(recipe.pictures)[:80]}: no such folder of pictures here; choose one from the list")
     if recipe.config not in list_configs():
         raise UserError(f"{str(recipe.config)[:80]}: no such config here; choose one from the list")

@@ -31,6 +31,11 @@ class Run:
     folder: Path
     checkpoints: list[Path]  # the newest first
 
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return self.folder.name or self.name if self.name == "." else self.name
+
     def label_of(self, checkpoint: Path, lines: list[dict]) -> str:
         """The checkpoint's name for people, with its validation figures if the log has any."""
         line = figures_of(checkpoint, lines)

@@ -7,7 +7,7 @@ import gradio as gr
 
 from isonext.app.parts import DEVICE, NOT_ASKED, choice, number_in, told
 from isonext.app.studio import MOST_SAMPLES, Studio
-from isonext.app.transfer_tab import LARGEST_SCALE, METHODS, MOST_STEPS, guidance_flags
+from isonext.app.transfer_tab import BUTTONS, LARGEST_SCALE, METHODS, MOST_STEPS, guidance_flags
 from isonext.errors import UserError
 
 SOLVERS = [method for method in METHODS if method != "flowedit"]  # which changes pictures, and here is none
@@ -30,7 +30,9 @@ class SampleTab:
                     steps = gr.Slider(1, MOST_STEPS, 20, step=1, label=words("steps"))
                 go = gr.Button(words("generate"), variant="primary", elem_id="generate")
             with gr.Column(scale=3, min_width=320):
-                grid = gr.Image(label=words("grid"), type="filepath", interactive=False, elem_id="grid")
+                grid = gr.Image(
+                    label=words("grid"), type="filepath", interactive=False, buttons=BUTTONS, elem_id="grid"
+                )
                 singles = gr.Gallery(label=words("singles"), columns=4, object_fit="contain", elem_id="singles")
         inputs = [checkpoint, styles, count, seed, scale, method, steps]
         go.click(self.sample, inputs, [grid, singles], api_name="sample", **DEVICE)

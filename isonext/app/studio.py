@@ -131,7 +131,7 @@ class Studio:
     def _alone(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """A training takes what memory there is: nothing goes on beside it."""
         if busy := under_way(self.runs):
-            raise UserError(f"{busy.name}: is being trained and has the device; stop it in the tab Train, or wait")
+            raise UserError(f"{busy.title}: is being trained and has the device; stop it in the tab Train, or wait")
         return work(*arguments)
 
     def release(self) -> None:

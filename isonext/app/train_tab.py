@@ -7,7 +7,7 @@ import gradio as gr
 from pandas import DataFrame
 
 from isonext.app.options import AppOptions
-from isonext.app.parts import DEVICE, NOT_ASKED, choice, number_in, told
+from isonext.app.parts import DEVICE, NOT_ASKED, choice, chosen_of, number_in, told
 from isonext.app.progress import Progress, look_at
 from isonext.app.recipes import Recipe, Training, list_configs, list_folders, plan_training
 from isonext.app.runs import find_run, find_runs
@@ -63,9 +63,7 @@ class TrainTab:
         words = self.words
         self.run = choice(gr.Dropdown([], label=words("run"), elem_id="run"))
         self.status = gr.Markdown(elem_id="status")
-        self.losses = gr.LinePlot(
-            label=words("losses"), x="step", y="loss", color="quarter", height=280, elem_id="losses"
-        )
+        self.losses = gr.LinePlot(label=words("losses"), x="step", y="loss", color="quarter", elem_id="losses")
         self.figures = gr.Markdown(label=words("figures"), show_label=True, container=True, elem_id="figures")
         self.previews = gr.Gallery(
             label=words("previews"), columns=2, object_fit="contain", interactive=False, elem_id="previews"
@@ -94,14 +92,13 @@ class TrainTab:
     def list_all(self, folder: str | None, config: str | None, run: str | None, request: gr.Request) -> tuple:
         """What there is to choose; what was chosen stays, if it is still there."""
         root = self.options.pictures
-        folders, configs = list_folders(root), list_configs()
-        runs = [found.name for found in find_runs(self.options.runs)]
+        folders, configs = list_folders(root), [(name, name) for name in list_configs()]
         sentence = "" if folders else say("no_pictures", request.headers, root, root, root)
         return (
             gr.Markdown(sentence, visible=not folders),
             *(
-                gr.Dropdown(names, value=value if value in names else next(iter(names), None))
-                for names, value in ((folders, folder), (configs, config), (runs, run))
+                gr.Dropdown(choices, value=chosen_of(choices, value))
+                for choices, value in ((folders, folder), (configs, config), (self._runs(), run))
             ),
             gr.Timer(active=True),
         )
@@ -124,13 +121,15 @@ class TrainTab:
             start(training)
 
         told(self.studio.do, work)
-        names = [found.name for found in find_runs(self.options.runs)]
-        return gr.Dropdown(names, value=training.name), training.commands
+        return gr.Dropdown(self._runs(), value=training.name), training.commands
+
+    def _runs(self) -> list[tuple[str, str]]:
+        return [(found.title, found.name) for found in find_runs(self.options.runs)]
 
     def end(self, run: str, request: gr.Request) -> str:
-        folder = told(find_run, self.options.runs, run).folder
-        told(stop, folder)
-        return say("stopping" if job_of(folder).under_way else "at_rest", request.headers, run)
+        found = told(find_run, self.options.runs, run)
+        told(stop, found.folder)
+        return say("stopping" if job_of(found.folder).under_way else "at_rest", request.headers, found.title)
 
     def watch(self, run: str | None, shown: tuple | None, request: gr.Request) -> tuple:
         """How the run is getting on; what has not changed since is not sent again."""

@@ -18,6 +18,7 @@ from isonext.inference.options import LARGEST_SIDE
 METHODS = InferenceConfig.__dataclass_fields__["method"].metadata["choices"]
 MOST_STEPS = 200  # more would keep everybody in line
 LARGEST_SCALE = 10.0
+BUTTONS = ["download", "fullscreen"]  # and none to share it with a hub
 
 
 class TransferTab:
@@ -81,7 +82,9 @@ class TransferTab:
                     self.onward = gr.Button(words("onward"), min_width=120)
                     self.back = gr.Button(words("back"), min_width=120)
             with gr.Column(scale=3, min_width=320):
-                self.kept = gr.Image(label=words("kept_result"), type="filepath", interactive=False, elem_id="kept")
+                self.kept = gr.Image(
+                    label=words("kept_result"), type="filepath", interactive=False, buttons=BUTTONS, elem_id="kept"
+                )
                 self.kept_report = gr.Textbox(
                     label=words("report"), lines=2, interactive=False, buttons=["copy"], elem_id="kept_report"
                 )
