@@ -25,6 +25,7 @@ STYLE = """
 #report textarea, #kept_report textarea, #log textarea, #commands textarea, #found textarea {
   font-family: var(--font-mono); font-size: var(--text-xs); }
 #found textarea { white-space: pre; overflow-x: auto; }
+#files .empty, #kept_files .empty { min-height: 5rem; }
 #figures table, #figures th, #figures td { border-color: var(--border-color-primary); padding: 2px 10px; }
 """
 

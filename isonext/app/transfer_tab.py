@@ -45,7 +45,9 @@ class TransferTab:
             self.target = choice(gr.Dropdown([], label=words("target"), min_width=140))
         self.guessed = gr.Markdown()
         self.strength = gr.Slider(0, 1, 1, step=0.01, label=words("strength"), info=words("strength_info"))
-        self.scale = gr.Slider(0, LARGEST_SCALE, 2, step=0.1, label=words("scale"), info=words("scale_info"))
+        self.scale = gr.Slider(
+            0, LARGEST_SCALE, 2, step=0.1, label=words("scale"), info=words("scale_info"), elem_id="scale"
+        )
         self.auto = gr.Checkbox(label=words("auto"), visible=False)
         with gr.Accordion(words("more"), open=False):
             self.method = gr.Dropdown(list(METHODS), value=METHODS[0], label=words("method"))
@@ -109,7 +111,9 @@ class TransferTab:
         settings = [self.source, self.target, self.method, self.steps, self.scale, self.auto, self.guessed]
         self.checkpoint.change(self.settle, [self.checkpoint, self.picture], settings, **DEVICE, **NOT_ASKED)
         guessed = [self.source, self.guessed, shown]
-        self.picture.change(self.guess, [self.checkpoint, self.picture], guessed, **DEVICE, **NOT_ASKED)
+        self.picture.change(
+            self.guess, [self.checkpoint, self.picture], guessed, show_progress_on=self.guessed, **DEVICE, **NOT_ASKED
+        )
         kept = [self.kept, self.kept_report, self.kept_files]
         of_file = [self.checkpoint, self.structure, self.target, *guidance, self.deep]
         self.onward.click(self.restyle, of_file, kept, api_name="restyle", **DEVICE)
@@ -251,7 +255,10 @@ class TransferTab:
         """The style of a picture that was dropped, and how sure that is; results are not for this picture any more."""
         if not (checkpoint and picture):
             return gr.skip(), "", False
-        style, sentence = told(self._guess, checkpoint, picture, request)
+        try:
+            style, sentence = self._guess(checkpoint, picture, request)
+        except UserError as error:
+            return gr.skip(), html.escape(str(error)), False
         return style or gr.skip(), sentence, False
 
     def _guess(self, checkpoint: str, picture: Path | None, request: gr.Request) -> tuple[str | None, str]:
