@@ -11,12 +11,12 @@ from isonext.app.parts import NOT_ASKED, choice, chosen_of
 from isonext.app.runs import list_checkpoints
 from isonext.app.sample_tab import SampleTab
 from isonext.app.server import IN_LINE, MOST_BYTES, Gate
-from isonext.app.studio import Studio
+from isonext.app.studio import KEEP_S, Studio
 from isonext.app.train_tab import TrainTab
 from isonext.app.transfer_tab import TransferTab
 from isonext.app.words import say, translations
 
-CLEAN_EVERY_S, KEEP_S = 600, 4 * 3600  # files of results and uploads
+CLEAN_EVERY_S = 600
 FONTS = ["system-ui", "Noto Sans CJK SC", "sans-serif"]  # of the system: nothing is fetched
 MONO = ["ui-monospace", "monospace"]
 STYLE = """

@@ -51,7 +51,7 @@ def place_of(folder: Path, lines: list[dict], headers: Mapping[str, str] | None)
     if job.epochs:
         parts[0] += say("of_epochs", headers, job.epochs)
     if speed := line.get("samples_per_s"):
-        parts.append(say("speed", headers, speed))
+        parts.append(say("speed", headers, f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}"))
         if job.process and job.epochs and job.batch and line["epoch"] > 0:
             pictures = line["step"] / line["epoch"] * job.batch  # of an epoch
             parts.append(say("left", headers, spoken((job.epochs - line["epoch"]) * pictures / speed)))

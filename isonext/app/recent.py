@@ -47,8 +47,7 @@ def remember_inversions(pipeline: Pipeline, most: int = 16) -> Recent:
     def remembered(latents: Tensor, source: Style, settings: TransferSettings) -> Inverted:
         key = (
             *(_digest(latents), tuple(latents.shape), _digest(source) if isinstance(source, Tensor) else source),
-            *(settings.method, tuple(settings.grid), settings.inversion, settings.tolerance),
-            *(settings.latent_clamp if settings.method != "alf" else None, pipeline.bf16, pipeline.compiled),
+            *(_of_inversion(settings), tuple(settings.grid), pipeline.bf16, pipeline.compiled),
         )
         there = key in known.values
         found: Inverted = known.get(key, lambda: invert(latents, source, settings))
@@ -56,6 +55,12 @@ def remember_inversions(pipeline: Pipeline, most: int = 16) -> Recent:
 
     pipeline.invert = remembered  # type: ignore[method-assign]
     return known
+
+
+def _of_inversion(settings: TransferSettings) -> TransferSettings:
+    """The settings less what matters to the generation leg alone; guidance moves the grid, which is looked at apart."""
+    plain = replace(settings, cfg_scale=1.0, guidance="source", cfg_interval=(0.0, 1.0), cfg_rescale=0.0, seed=0)
+    return replace(plain, latent_clamp=None) if settings.method == "alf" else plain
 
 
 def _digest(values: Tensor) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 import gradio as gr
 
 from isonext.app.parts import DEVICE, NOT_ASKED, choice, number_in, told
-from isonext.app.studio import MOST_SAMPLES, Studio
-from isonext.app.transfer_tab import BUTTONS, LARGEST_SCALE, METHODS, MOST_STEPS, guidance_flags
+from isonext.app.studio import MOST_SAMPLES, MOST_STEPS, Studio
+from isonext.app.transfer_tab import BUTTONS, LARGEST_SCALE, METHODS, guidance_flags
 from isonext.errors import UserError
 
 SOLVERS = [method for method in METHODS if method != "flowedit"]  # which changes pictures, and here is none

@@ -4,9 +4,12 @@ Everything a browser says is checked here: a checkpoint is looked up among those
 within limits, numbers are those that inference.py takes.
 """
 
+import contextlib
 import hashlib
 import secrets
+import shutil
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +50,8 @@ from isonext.utils.device import allow_tf32, deterministic
 Result = TypeVar("Result")
 MOST_PIXELS = 2**25  # of a picture that the page takes; a folder of larger ones is for inference.py
 LONGEST_STEM = 60  # letters of an upload's name that its results keep
+MOST_STEPS = 200  # a leg: more would keep everybody in line
+KEEP_S = 4 * 3600  # results
 MOST_SAMPLES, AT_ONCE = 64, 16  # of a job, and of a batch
 LOADED, ENCODED = 2, 4  # checkpoints and pictures that are kept ready
 
@@ -132,6 +137,7 @@ class Studio:
         """A training takes what memory there is: nothing goes on beside it."""
         if busy := under_way(self.runs):
             raise UserError(f"{busy.title}: is being trained and has the device; stop it in the tab Train, or wait")
+        remove_old(self.results)
         return work(*arguments)
 
     def release(self) -> None:
@@ -332,9 +338,20 @@ def open_upload(path: Path, size: int | None) -> Image.Image:
 def read_structure(file: Path) -> Structure:
     """A structure file that a browser sent, named without the server's path."""
     try:
-        return load_structure(file)
+        structure = load_structure(file)
     except UserError as error:
         raise UserError(str(error).replace(str(file), file.name)) from None
+    if structure.settings.num_steps > MOST_STEPS:
+        raise UserError(f"{file.name}: has {structure.settings.num_steps} steps a leg, this page takes {MOST_STEPS}")
+    return structure
+
+
+def remove_old(folder: Path) -> None:
+    """Delete the folders of results that nobody will ask for any more."""
+    for old in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > KEEP_S:
+                shutil.rmtree(old)
 
 
 def _stem(path: Path) -> str:

@@ -17,6 +17,7 @@ from isonext.utils.io import LOCK, written_whole
 
 LOG = "app.log"  # in a run's folder, beside RECORD, which names the process: what it has printed
 TAIL = 4096  # bytes of the log that are shown
+SLACK_S = 2.0  # between two readings of when a process began: the machine's clock may be set meanwhile
 GOES_ON = (0, 1)  # exit statuses of preprocessing after which training makes sense: 1, some pictures were skipped
 
 
@@ -42,9 +43,10 @@ def job_of(folder: Path) -> Job:
     if isinstance(record.get("pid"), int):
         try:
             found = psutil.Process(record["pid"])
-            if found.create_time() == record.get("created") and found.status() != psutil.STATUS_ZOMBIE:
+            same = abs(found.create_time() - record["created"]) < SLACK_S
+            if same and found.status() != psutil.STATUS_ZOMBIE:
                 process = found
-        except (psutil.Error, ValueError, OverflowError):
+        except (psutil.Error, ValueError, OverflowError, KeyError, TypeError):
             pass
     epochs, batch = (found if isinstance(found := record.get(name), int) else 0 for name in ("epochs", "batch"))
     return Job(str(record.get("command", "")), process, _is_locked(folder), epochs, batch)

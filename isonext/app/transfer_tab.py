@@ -9,14 +9,13 @@ from typing import Any
 import gradio as gr
 
 from isonext.app.parts import DEVICE, NOT_ASKED, choice, number_in, sent, told
-from isonext.app.studio import Order, Outcome, Studio
+from isonext.app.studio import MOST_STEPS, Order, Outcome, Studio
 from isonext.app.words import say
 from isonext.config import InferenceConfig
 from isonext.errors import UserError
 from isonext.inference.options import LARGEST_SIDE
 
 METHODS = InferenceConfig.__dataclass_fields__["method"].metadata["choices"]
-MOST_STEPS = 200  # more would keep everybody in line
 LARGEST_SCALE = 10.0
 BUTTONS = ["download", "fullscreen"]  # and none to share it with a hub
 
@@ -105,8 +104,8 @@ class TransferTab:
         self.all.click(
             lambda: gr.Gallery(visible=True), None, self.gallery, queue=False, **NOT_ASKED
         ).then(self.all_styles, inputs, [self.gallery, self.report], api_name="all_styles", **DEVICE)  # fmt: skip
-        moved = [self.strength.release, self.scale.release, self.steps.release, self.floor.release, self.auto.input]
-        moved += [self.target.input, self.source.input, self.method.input]
+        followed = (self.strength, self.scale, self.auto, self.steps, self.floor, self.target, self.source, self.method)
+        moved = [part.input for part in followed]
         gr.on(moved, self.follow, [shown, *inputs], outputs, trigger_mode="always_last", **DEVICE, **NOT_ASKED)
         settings = [self.source, self.target, self.method, self.steps, self.scale, self.auto, self.guessed]
         self.checkpoint.change(self.settle, [self.checkpoint, self.picture], settings, **DEVICE, **NOT_ASKED)
@@ -142,13 +141,16 @@ class TransferTab:
     ) -> tuple:
         """Transfer a picture: [the picture and the result], what was done, [the result, its structure file]."""
         values = (checkpoint, picture, source, target, strength, scale, auto, method, steps, floor, size, certify, deep)
+        return self._shown(values, request)
+
+    def follow(self, shown: bool, request: gr.Request, *values: Any) -> Any:
+        """The same where a setting was moved under a picture that was transferred already."""
+        return self._shown(values, request) if shown and values[1] else (gr.skip(),) * 3
+
+    def _shown(self, values: tuple, request: gr.Request | None) -> tuple:
         outcome, lines = told(self._run, values, request)
         files = [outcome.after[0][0], *([outcome.structure] if outcome.structure else [])]
         return (str(outcome.before), str(outcome.after[0][0])), "\n".join(lines), list(map(str, files))
-
-    def follow(self, shown: bool, *values: Any) -> Any:
-        """The same where a setting was moved under a picture that was transferred already."""
-        return self.transfer(*values) if shown and values[1] else (gr.skip(),) * 3
 
     def all_styles(
         self,

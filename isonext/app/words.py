@@ -84,7 +84,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "at_rest": ("**{}**: not under way", "**{}**：未在运行"),
     "place": ("step {}, epoch {:.4g}", "第 {} 步，第 {:.4g} 轮"),
     "of_epochs": (" of {}", " / 共 {} 轮"),
-    "speed": ("{:.3g} pictures/s", "每秒 {:.3g} 张图片"),
+    "speed": ("{} pictures/s", "每秒 {} 张图片"),
     "left": ("about {} left", "约剩 {}"),
     # of samples
     "styles": ("Styles; none: all", "风格；不选则为全部"),

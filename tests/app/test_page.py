@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from browser import SECONDS, need_browser, opened_browser, served
+from helpers import ROOT
 
 need_browser()
 
@@ -125,12 +126,11 @@ def test_a_setting_that_is_moved_is_followed_without_a_second_inversion(page, fo
     handle = page.locator("#scale input[type=range]")
     handle.focus()
     for _ in range(3):
-        handle.press("ArrowRight")  # a slider is moved by the keyboard, too
-    handle.dispatch_event("pointerup")
+        handle.press("ArrowRight")  # by the keyboard, as by the hand
+    assert page.locator("#scale input[type=number]").input_value() == "1.8"
     expect(report(page)).not_to_have_value(said)
     moved = int(report(page).input_value().partition(" ")[0])
     assert moved <= evaluations - 20, "20 steps backwards were not run again"
-    assert page.locator("#scale input[type=number]").input_value() == "1.8"
     assert not np.array_equal(shown(page, 1), first)
 
 
@@ -273,6 +273,19 @@ def test_the_http_api_does_the_same_and_takes_nothing_that_is_not_listed(address
     assert names == {"/transfer", "/all_styles", "/restyle", "/restore", "/sample"}
 
 
+def test_the_example_of_the_docs_runs(address, folder, monkeypatch, tmp_path):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "docs/app.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    here = {"http://127.0.0.1:7860": address, "stage1_epoch200.pt": NAME, "photo": "cold", "painting": "warm"}
+    here["cat.jpg"] = (folder / "raw_data/cold/003.png").as_posix()
+    for written, value in here.items():
+        assert written in block
+        block = block.replace(written, value)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    found: dict = {}
+    exec(block, found)
+    assert "certificate: exact" in found["report"] and len(found["pair"]) == 2 and len(found["files"]) == 2
+
+
 def call_raw(page: Page, address: str, picture: object) -> str:
     """What the API says to a request that no client of gradio's would send."""
     data = [NAME, picture, "cold", "warm", 1, 2, False, "alf", 3, 0, 0, True, False]
@@ -318,10 +331,16 @@ def test_nothing_is_fetched_from_elsewhere_and_nothing_goes_wrong_in_the_browser
     page.close()
 
 
-def test_a_telephone_has_no_sideways_scrolling_and_chinese_is_chinese(browser, address):
+def test_a_telephone_has_no_sideways_scrolling_and_chinese_is_chinese(browser, address, folder):
     page = browser.new_page(viewport={"width": 360, "height": 740}, locale="zh-CN", has_touch=True)
     page.goto(address)
     expect(page.get_by_label("目标风格")).to_have_value("warm")
+    drop(page, folder / "raw_data/cold/004.png")
+    expect(page.get_by_text("推测的风格：cold")).to_be_visible()
+    page.get_by_role("button", name="转换", exact=True).click()
+    expect(report(page)).to_have_value(re.compile("^63 次网络计算"))
+    page.locator("#scale input[type=range]").press("ArrowRight")
+    expect(report(page)).to_have_value(re.compile("^42 次网络计算"))
     for tab in ("风格转换", "训练", "采样"):
         page.get_by_role("tab", name=tab).click()
         expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")

@@ -1,6 +1,7 @@
 """What the page does with pictures: what inference.py does, from what was kept, and only with what the server lists."""
 
 import functools
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from isonext.app import studio as studio_module
 from isonext.app.recent import Recent
 from isonext.app.studio import MOST_PIXELS, Order, Studio
 from isonext.errors import UserError
-from isonext.inference.structure_file import load_structure
+from isonext.inference.structure_file import load_structure, save_structure
 from isonext.pipeline import Pipeline
 
 NAME = Path(CHECKPOINT).name
@@ -216,6 +217,24 @@ def test_what_is_kept_is_bounded_in_number_and_in_elements():
     assert list(known.values) == ["a", "c", "d"], "b was asked for the longest ago"
     known.get("e", lambda: "x" * 11)
     assert list(known.values) == ["e"], "one that is too large alone is kept until the next"
+
+
+def test_a_structure_file_of_so_many_steps_that_everybody_would_wait_is_refused(room, tmp_path):
+    structure = load_structure(room.do(room.transfer, ORDER).structure)
+    long = replace(structure, settings=replace(structure.settings, num_steps=201))
+    save_structure(long, tmp_path / "long.safetensors")
+    for work in (room.restore, lambda *given: room.restyle(*given, "warm", {})):
+        with pytest.raises(UserError, match=r"^long.safetensors: has 201 steps a leg, this page takes 200$"):
+            room.do(work, NAME, tmp_path / "long.safetensors")
+
+
+def test_results_are_deleted_after_some_hours_and_made_again(room):
+    first = room.do(room.transfer, replace(ORDER, certify=False))
+    for place in room.results.iterdir():
+        os.utime(place, (0, 0))
+    again = room.do(room.transfer, replace(ORDER, certify=False))
+    assert not first.before.exists() and not first.after[0][0].exists()
+    assert again.before.exists() and again.after[0][0].exists()
 
 
 def test_results_lie_where_nobody_can_guess(room):
