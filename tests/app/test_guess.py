@@ -33,5 +33,18 @@ def test_the_loss_is_nothing_under_the_pictures_own_style_and_as_computed_by_han
     assert losses == pytest.approx([(2 * (other - style)) ** 2 * mean for other in range(3)], rel=1e-4, abs=1e-8)
 
 
+def test_the_noise_of_a_style_is_that_of_its_base():
+    class Still(Means):
+        """x0 is 5 times the style and the velocity nothing, so that the loss is (x1 - x0)^2."""
+
+        def x0(self, noise, x1, style):
+            return 5.0 * style.view(-1, 1, 1, 1).expand_as(x1)
+
+        def __call__(self, x, t, style):
+            return torch.zeros_like(x)
+
+    assert style_losses(Still(3), torch.full((1, 2, 4, 4), 5.0)) == [25.0, 0.0, 25.0]
+
+
 def test_too_many_styles_are_not_tried():
     assert style_losses(Means(MOST_STYLES + 1), torch.zeros(1, 2, 4, 4)) == []

@@ -300,6 +300,7 @@ def test_a_file_of_the_server_or_an_address_is_no_picture(page, address, folder)
             meta = {"meta": {"_type": "gradio.FileData"}} if isinstance(picture, dict) else {}
             answer = call_raw(page, address, picture | meta if meta else picture)
             assert answer.startswith("event: error") and "certificate" not in answer, picture
+            assert "://" not in path or isinstance(picture, str) or "send a file, not an address" in answer, picture
     assert page.request.post(f"{address}/gradio_api/run/transfer", data={"data": []}).status == 404
 
 

@@ -105,6 +105,13 @@ def test_a_structure_goes_back_to_equal_pixels_and_on_to_other_styles(room):
     assert onward.lines[0].startswith("certificate: exact")
 
 
+def test_a_way_back_that_does_not_end_at_the_original_is_no_picture(room, monkeypatch):
+    done, plain = room.do(room.transfer, ORDER), Pipeline.__call__
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, *inputs: plain(self, *inputs) + 1e-3)
+    with pytest.raises(UserError, match="certificate: NOT exact: other latents than the original's"):
+        room.do(room.restore, NAME, done.structure)
+
+
 def test_a_structure_of_another_precision_goes_back_too(room):
     done = room.do(room.transfer, ORDER)
     other = Studio(Path("checkpoints"), room.results, "cpu")
