@@ -14,7 +14,7 @@ from helpers import Command
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--no-first-run")
-SECONDS = 30  # that anything may take on a busy machine
+SECONDS = 60  # that anything may take on a busy machine
 
 
 def need_browser() -> None:

@@ -26,7 +26,9 @@ STYLE = """
   font-family: var(--font-mono); font-size: var(--text-xs); }
 #found textarea { white-space: pre; overflow-x: auto; }
 #files .empty, #kept_files .empty { min-height: 5rem; }
-#figures table, #figures th, #figures td { border-color: var(--border-color-primary); padding: 2px 10px; }
+#figures { overflow-x: auto; }
+#figures table, #figures th, #figures td {
+  border-color: var(--border-color-primary); padding: 2px 8px; white-space: nowrap; }
 """
 
 
@@ -52,7 +54,7 @@ def build_page(options: AppOptions, folder: Path) -> gr.Blocks:
             with gr.Tab(words("transfer"), id="transfer") as transfers:
                 TransferTab(studio, words, checkpoint)
             with gr.Tab(words("train"), id="train") as training:
-                TrainTab(studio, words, options, training)
+                TrainTab(studio, words, options, [training.select, refresh.click])
             with gr.Tab(words("sample"), id="sample"):
                 SampleTab(studio, words, checkpoint)
         gr.on(

@@ -31,7 +31,8 @@ class Progress:
 def look_at(run: Run, headers: Mapping[str, str] | None) -> Progress:
     lines = read_metrics(run.folder / METRICS)
     previews = sorted(run.folder.glob("preview_epoch*.png"), key=lambda path: natural_order(path.name))
-    sentence = ", ".join([status_of(run.title, job_of(run.folder), headers), *place_of(run.folder, lines, headers)])
+    parts = [status_of(run.title, job_of(run.folder), headers), *place_of(run.folder, lines, headers)]
+    sentence = say("comma", headers).join(parts)
     return Progress(sentence, losses_of(lines), validation_table(lines), previews[: -MOST_PREVIEWS - 1 : -1])
 
 

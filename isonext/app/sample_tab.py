@@ -31,7 +31,12 @@ class SampleTab:
                 go = gr.Button(words("generate"), variant="primary", elem_id="generate")
             with gr.Column(scale=3, min_width=320):
                 grid = gr.Image(
-                    label=words("grid"), type="filepath", interactive=False, buttons=BUTTONS, elem_id="grid"
+                    label=words("grid"),
+                    show_label=False,
+                    type="filepath",
+                    interactive=False,
+                    buttons=BUTTONS,
+                    elem_id="grid",
                 )
                 singles = gr.Gallery(label=words("singles"), columns=4, object_fit="contain", elem_id="singles")
         inputs = [checkpoint, styles, count, seed, scale, method, steps]

@@ -29,16 +29,16 @@ MOST = 10**6  # of a number without a bound of its own
 
 
 class TrainTab:
-    """Builds the tab into the page under construction."""
+    """Builds the tab into the page under construction; at the events `looked` it lists what there is to choose."""
 
-    def __init__(self, studio: Studio, words: Callable[[str], Any], options: AppOptions, tab: gr.Tab) -> None:
+    def __init__(self, studio: Studio, words: Callable[[str], Any], options: AppOptions, looked: list) -> None:
         self.studio, self.words, self.options = studio, words, options
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 self._build_recipe()
             with gr.Column(scale=3, min_width=320):
                 self._build_progress()
-        self._wire(tab)
+        self._wire(looked)
 
     def _build_recipe(self) -> None:
         words = self.words
@@ -70,13 +70,13 @@ class TrainTab:
         )
         self.log = gr.Textbox(label=words("log"), lines=4, max_lines=12, interactive=False, elem_id="log")
 
-    def _wire(self, tab: gr.Tab) -> None:
+    def _wire(self, looked: list) -> None:
         recipe = [self.folder, self.config, self.epochs, self.side, self.batch, self.dct]
         shown, timer = gr.State(None), gr.Timer(EVERY_S, active=False)
         progress = [shown, self.status, self.losses, self.figures, self.previews, self.log]
         lists = [self.nothing, self.folder, self.config, self.run, timer]
         quiet = NOT_ASKED | {"queue": False, "show_progress": "hidden"}
-        tab.select(self.list_all, [self.folder, self.config, self.run], lists, **quiet)
+        gr.on(looked, self.list_all, [self.folder, self.config, self.run], lists, **quiet)
         for part in recipe:
             part.change(self.show_commands, recipe, self.commands, **quiet)
         self.look.click(self.survey, recipe, [self.found, self.commands], **DEVICE, **NOT_ASKED)
@@ -150,7 +150,7 @@ class TrainTab:
         if before is None or progress.validation != before.validation:
             table = progress.validation
         if before is None or progress.previews != before.previews:
-            sheets = [(images.open_picture(path), path.stem) for path in progress.previews]
+            sheets = [(images.open_picture(path), path.stem.removeprefix("preview_")) for path in progress.previews]
         return losses, table, sheets
 
     def _plan(self, values: tuple) -> Training:

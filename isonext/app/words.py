@@ -82,6 +82,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "elsewhere": ("**{}**: training, started elsewhere", "**{}**：训练中（在别处启动）"),
     "stopping": ("**{}**: stopping; it saves first", "**{}**：正在停止，先保存"),
     "at_rest": ("**{}**: not under way", "**{}**：未在运行"),
+    "comma": (", ", "，"),
     "place": ("step {}, epoch {:.4g}", "第 {} 步，第 {:.4g} 轮"),
     "of_epochs": (" of {}", " / 共 {} 轮"),
     "speed": ("{} pictures/s", "每秒 {} 张图片"),

@@ -46,7 +46,7 @@ def test_while_it_is_under_way_the_time_that_is_left_is_reckoned(tmp_path):
     # 4 epochs of 10 steps of 4 pictures at 5 a second
     assert look_at(run, None).sentence == "**a**: training, step 20, epoch 2 of 6, 5 pictures/s, about 32 s left"
     chinese = {"accept-language": "zh-CN,zh;q=0.9"}
-    assert look_at(run, chinese).sentence.startswith("**a**：训练中, 第 20 步，第 2 轮 / 共 6 轮")
+    assert look_at(run, chinese).sentence.startswith("**a**：训练中，第 20 步，第 2 轮 / 共 6 轮")
 
 
 def test_a_run_that_has_written_nothing_yet(tmp_path):
