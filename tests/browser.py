@@ -22,7 +22,7 @@ def need_browser() -> None:
     pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements/app.txt")
     pytest.importorskip("playwright", reason="playwright is not installed: pip install -r requirements/dev.txt")
     if CHROMIUM is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
+        pytest.skip("no Chromium here: make browser", allow_module_level=True)
 
 
 @contextmanager

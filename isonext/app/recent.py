@@ -13,7 +13,7 @@ from isonext.flow.transfer import Inverted, TransferSettings
 from isonext.pipeline import Pipeline, Style
 
 Value = TypeVar("Value")
-MOST_ELEMENTS = 2**25  # of the inversions that are kept together: 512 MiB
+MOST_ELEMENTS = 2**25  # of the inversions that are kept together: 256 MiB on the lattice
 
 
 class Recent:

@@ -52,7 +52,7 @@ MOST_PIXELS = 2**25  # of a picture that the page takes; a folder of larger ones
 LONGEST_STEM = 60  # letters of an upload's name that its results keep
 MOST_STEPS = 200  # a leg: more would keep everybody in line
 KEEP_S = 4 * 3600  # results
-MOST_SAMPLES, AT_ONCE = 64, 16  # of a job, and of a batch
+MOST_SAMPLES, AT_ONCE = 64, 16  # pictures of a job, and of a batch
 LOADED, ENCODED = 2, 4  # checkpoints and pictures that are kept ready
 
 
@@ -183,6 +183,10 @@ class Studio:
     def _plan(self, loaded: Loaded, order: Order, output: Path) -> Plan:
         method = order.flags.get("method", loaded.trained["inference"]["method"])
         exact, one = order.certify and method == "alf", order.target != "all"
+        if not one and len(loaded.styles) > MOST_SAMPLES:
+            raise UserError(
+                f"{len(loaded.styles)} styles: at most {MOST_SAMPLES} at once here; inference.py makes more"
+            )
         options = TransferOptions(
             self._network(loaded.path),
             SettingsOptions(flags=order.flags, strength=order.strength),

@@ -97,22 +97,22 @@ class TransferTab:
         guidance = [self.scale, self.auto]
         inputs = [self.checkpoint, self.picture, self.source, self.target, self.strength, *guidance]
         inputs += [self.method, self.steps, self.floor, self.size, self.certify, self.deep]
+        of_all = [part for part in inputs if part is not self.target]
         outputs = [self.slider, self.report, self.files]
         shown = gr.State(False)
         done = self.go.click(self.transfer, inputs, outputs, api_name="transfer", **DEVICE)
         done.success(lambda: True, None, shown, **NOT_ASKED)
         self.all.click(
             lambda: gr.Gallery(visible=True), None, self.gallery, queue=False, **NOT_ASKED
-        ).then(self.all_styles, inputs, [self.gallery, self.report], api_name="all_styles", **DEVICE)  # fmt: skip
+        ).then(self.all_styles, of_all, [self.gallery, self.report], api_name="all_styles", **DEVICE)  # fmt: skip
         followed = (self.strength, self.scale, self.auto, self.steps, self.floor, self.target, self.source, self.method)
         moved = [part.input for part in followed]
         gr.on(moved, self.follow, [shown, *inputs], outputs, trigger_mode="always_last", **DEVICE, **NOT_ASKED)
         settings = [self.source, self.target, self.method, self.steps, self.scale, self.auto, self.guessed]
         self.checkpoint.change(self.settle, [self.checkpoint, self.picture], settings, **DEVICE, **NOT_ASKED)
-        guessed = [self.source, self.guessed, shown]
-        self.picture.change(
-            self.guess, [self.checkpoint, self.picture], guessed, show_progress_on=self.guessed, **DEVICE, **NOT_ASKED
-        )
+        dropped = [self.checkpoint, self.picture, self.target]
+        guessed = [self.source, self.target, self.guessed, shown]
+        self.picture.change(self.guess, dropped, guessed, show_progress_on=self.guessed, **DEVICE, **NOT_ASKED)
         kept = [self.kept, self.kept_report, self.kept_files]
         of_file = [self.checkpoint, self.structure, self.target, *guidance, self.deep]
         self.onward.click(self.restyle, of_file, kept, api_name="restyle", **DEVICE)
@@ -157,7 +157,6 @@ class TransferTab:
         checkpoint: str,
         picture: Path,
         source: str,
-        target: str = "",
         strength: float = 1.0,
         scale: float = 2.0,
         auto: bool = False,
@@ -169,7 +168,7 @@ class TransferTab:
         deep: bool = False,
         request: gr.Request | None = None,
     ) -> tuple:
-        """A picture in all styles, whatever the target: [(result, style), ...], what was done."""
+        """A picture in all styles: [(result, style), ...], what was done."""
         values = (checkpoint, picture, source, "all", strength, scale, auto, method, steps, floor, size, certify, deep)
         outcome, lines = told(self._run, values, request)
         return [(str(path), style) for path, style in outcome.after], "\n".join(lines)
@@ -245,31 +244,33 @@ class TransferTab:
         scale = front.get("scale", 2.0) if auto else inference["cfg_scale"]
         return (
             gr.Dropdown(styles, value=guessed[0] or styles[0]),
-            gr.Dropdown(styles, value=styles[-1]),
+            gr.Dropdown(styles, value=guessed[1] or styles[-1]),
             inference["method"],
             min(MOST_STEPS, inference["num_steps"]),
             min(LARGEST_SCALE, scale),
             gr.Checkbox(visible=bool(front), value=auto and bool(front)),
-            guessed[1],
+            guessed[2],
         )
 
-    def guess(self, checkpoint: str | None, picture: Path | None, request: gr.Request) -> tuple:
-        """The style of a picture that was dropped, and how sure that is; results are not for this picture any more."""
+    def guess(self, checkpoint: str | None, picture: Path | None, target: str | None, request: gr.Request) -> tuple:
+        """The style of a picture that was dropped, how sure that is, and another one to give it; results are not for
+        this picture any more."""
         if not (checkpoint and picture):
-            return gr.skip(), "", False
+            return gr.skip(), gr.skip(), "", False
         try:
-            style, sentence = self._guess(checkpoint, picture, request)
+            style, other, sentence = self._guess(checkpoint, picture, request)
         except UserError as error:
-            return gr.skip(), html.escape(str(error)), False
-        return style or gr.skip(), sentence, False
+            return gr.skip(), gr.skip(), html.escape(str(error)), False
+        return style or gr.skip(), other if other and style == target else gr.skip(), sentence, False
 
-    def _guess(self, checkpoint: str, picture: Path | None, request: gr.Request) -> tuple[str | None, str]:
+    def _guess(self, checkpoint: str, picture: Path | None, request: gr.Request) -> tuple[str | None, str | None, str]:
+        """The likeliest style, the next, and a sentence."""
         if picture is None:
-            return None, ""
+            return None, None, ""
         losses = self.studio.do(self.studio.guess, checkpoint, picture)
         if len(losses) < 2:
-            return None, say("not_guessed", request.headers)
-        return losses[0][0], say("guessed", request.headers, *losses[0], *losses[1])
+            return None, None, say("not_guessed", request.headers)
+        return losses[0][0], losses[1][0], say("guessed", request.headers, *losses[0], *losses[1])
 
 
 def guidance_flags(scale: Any, auto: Any) -> dict[str, Any]:

@@ -102,6 +102,8 @@ def wait_until(page: Page, condition: Callable[[], object]) -> None:
 def test_a_picture_is_transferred_and_taken_back_to_equal_pixels(page, folder, tmp_path):
     said = transfer(page, folder / "raw_data/warm/003.png")
     expect(page.get_by_text("Guessed style")).to_contain_text("warm")
+    expect(page.get_by_label("Style of the picture")).to_have_value("warm")
+    expect(page.get_by_label("Style to give it")).to_have_value("cold")  # not the one that it has already
     assert re.search(r"certificate: exact \(0 of 768 elements differ\).* sha256 [0-9a-f]{64}$", said)
     before = shown(page, 0)
     with page.expect_download() as download:
@@ -257,6 +259,12 @@ def test_the_http_api_does_the_same_and_takes_nothing_that_is_not_listed(address
     picture = handle_file(folder / "raw_data/cold/003.png")
     pair, said, files = client.predict(NAME, picture, "cold", "warm", steps=3, api_name="/transfer")
     assert "certificate: exact" in said and [Path(file).name for file in files] == ["003_warm.png", "003.safetensors"]
+    onward, line, _ = client.predict(NAME, handle_file(files[1]), "warm", scale=1.5, api_name="/restyle")
+    assert line.startswith("certificate: exact") and Path(onward).exists()
+    gallery, line = client.predict(NAME, picture, "cold", steps=3, api_name="/all_styles")
+    assert [entry["caption"] for entry in gallery] == ["cold", "warm"] and "1536 elements" in line
+    _, samples = client.predict(NAME, ["warm"], 2, 7, steps=2, api_name="/sample")
+    assert [entry["caption"] for entry in samples] == ["warm", "warm"]
     back, line, _ = client.predict(NAME, handle_file(files[1]), api_name="/restore")
     assert line.startswith("certificate: exact")
     assert np.array_equal(np.asarray(Image.open(back)), np.asarray(Image.open(pair[0])))
@@ -365,7 +373,7 @@ def test_dark_is_dark(browser, address):
 
 
 def test_where_there_are_no_runs_and_no_pictures_the_page_says_what_to_do(browser, tmp_path):
-    with served(tmp_path, "--port", "7990") as address:
+    with served(tmp_path) as address:
         page = browser.new_page(locale="en-GB")
         page.goto(address)
         expect(page.locator("#nothing")).to_contain_text("No checkpoint here yet. Train one: open the tab Train")

@@ -128,6 +128,35 @@ def test_all_styles_and_16_bits(room):
         assert path.read_bytes()[24] == 16  # the depth in a PNG's header
 
 
+def test_more_styles_than_one_job_may_make_are_refused(room, monkeypatch):
+    monkeypatch.setattr(studio_module, "MOST_SAMPLES", 1)
+    with pytest.raises(UserError, match=r"2 styles: at most 1 at once here; inference.py makes more"):
+        room.do(room.transfer, replace(ORDER, target="all"))
+    with pytest.raises(UserError, match=r"2 samples: at most 1 at once here; sample.py makes more"):
+        room.do(room.sample, NAME, [], 1, 0, {"num_steps": 1})
+
+
+def test_samples_are_those_of_sample_py_to_the_pixel(room, within, tmp_path):
+    sheet, samples = room.do(room.sample, NAME, ["warm"], 2, 5, {"num_steps": 2, "cfg_scale": 1.5})
+    flags = (
+        "--styles",
+        "warm",
+        "--num_samples_per_style",
+        "2",
+        "--seed",
+        "5",
+        "--num_steps",
+        "2",
+        "--cfg_scale",
+        "1.5",
+    )
+    place = ("--output", tmp_path / "out", "--batch_size", "2")
+    assert within("sample", "--checkpoint", CHECKPOINT, *flags, *place)[0] == 0
+    assert [(path.name, style) for path, style in samples] == [("warm_001.png", "warm"), ("warm_002.png", "warm")]
+    for path in (sheet, *(path for path, _ in samples)):
+        assert np.array_equal(pixels(path), pixels(tmp_path / "out" / path.name))
+
+
 def test_a_floor_of_structure_is_kept_and_told(room):
     done = room.do(room.transfer, replace(ORDER, min_structure=0.95, certify=False))
     assert done.lines[0].startswith("003.png as warm: strength ") and "keeps structure" in done.lines[0]
