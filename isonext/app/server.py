@@ -1,13 +1,15 @@
 """The server that shows the page, and what it refuses before anything looks at it."""
 
 import os
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from isonext.app.options import AppOptions
-from isonext.errors import UserError
+from isonext.errors import UserError, first_line
+from isonext.utils.device import pick_device
 
 MOST_BYTES = 64 * 2**20  # of what a browser sends at once
 IN_LINE = 32  # jobs that may wait
@@ -22,10 +24,24 @@ def serve(options: AppOptions) -> int:
     for flag, place in (("runs", options.runs), ("pictures", options.pictures)):
         if place.exists() and not place.is_dir():
             raise UserError(f"--{flag} {place}: is a file; give a folder")
+    check_address(options.host, options.port)
+    pick_device(options.device)
     with tempfile.TemporaryDirectory(prefix="isonext_app_") as folder:
         page = show_page(options, Path(folder))
         page.block_thread()
     return 0
+
+
+def check_address(host: str, port: int | None) -> None:
+    """UserError where nothing can listen there; gradio would try all its ports, and try again."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port or 0), family=family):
+            pass
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        where = f"--host {host}" if port is None else f"--host {host} --port {port}"
+        raise UserError(f"{where}: cannot be listened at ({reason}); give another") from None
 
 
 def show_page(options: AppOptions, folder: Path) -> Any:

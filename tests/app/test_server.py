@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import socket
 
 import pytest
 
@@ -72,6 +73,14 @@ def test_bad_flags_are_one_line(tmp_path, monkeypatch):
     refused(call_within(tmp_path, "app", "--port", "70000"), "--port 70000: must be from 1 to 65535")
     refused(call_within(tmp_path, "app", "--runs", "file"), "--runs file: is a file; give a folder")
     refused(call_within(tmp_path, "app", "--pictures", "file"), "--pictures file: is a file; give a folder")
+
+
+def test_an_address_or_a_device_that_is_not_there_is_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        refused(call_within(tmp_path, "app", "--port", port), f"--host 127.0.0.1 --port {port}: cannot be listened at")
+    refused(call_within(tmp_path, "app", "--host", "nowhere.invalid"), "--host nowhere.invalid: cannot be listened at")
+    refused(call_within(tmp_path, "app", "--device", "abacus"), "--device abacus cannot be used here")
 
 
 def test_without_gradio_a_line_says_how_to_get_it(tmp_path, monkeypatch):
