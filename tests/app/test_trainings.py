@@ -42,8 +42,8 @@ def test_both_commands_run_one_after_the_other_and_what_they_print_is_kept(tmp_p
     start(scripts(tmp_path, "import sys; print('one', sys.argv[1])", "import sys; print('two', sys.argv[1])"))
     wait_for(lambda: "two" in read_tail(tmp_path / "runs" / "a"))
     assert read_tail(tmp_path / "runs" / "a") == "one 1\ntwo 2\n"
-    wait_for(lambda: not job_of(tmp_path / "runs" / "a").under_way)
-    assert job_of(tmp_path / "runs" / "a").command == "train" and under_way(tmp_path / "runs") is None
+    wait_for(lambda: job_of(tmp_path / "runs" / "a").command == "train")
+    wait_for(lambda: under_way(tmp_path / "runs") is None)
 
 
 @pytest.mark.parametrize(("status", "goes_on"), [(0, True), (1, True), (2, False), (143, False)])
