@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ from isonext.inference.options import (
 from isonext.inference.plan import Plan, open_pipeline, plan_restyle_with, plan_with
 from isonext.inference.report import Report
 from isonext.inference.sampling import SHEET, draw_sheet, plan_samples, sample_batches, sampling_settings
-from isonext.inference.structure_file import SUFFIX, Structure, load_structure
+from isonext.inference.structure_file import SUFFIX, Structure, fixed_bits, load_structure
 from isonext.pipeline import Pipeline
 from isonext.utils.device import allow_tf32, deterministic
 
@@ -64,6 +64,7 @@ class Loaded:
     path: Path
     pipeline: Pipeline
     trained: dict  # the config it was trained by
+    bits: dict[str, str | bool | int]  # of its file and of this machine, for structure files
 
     @property
     def styles(self) -> list[str]:
@@ -154,7 +155,7 @@ class Studio:
         def load() -> Loaded:
             pipeline, trained = open_pipeline(self._network(path))
             remember_inversions(pipeline)
-            return Loaded(name, path, pipeline, trained)
+            return Loaded(name, path, pipeline, trained, fixed_bits(pipeline))
 
         found: Loaded = self.loaded.get((path, *fingerprint(path)), load)
         allow_tf32(found.trained["training"]["tf32"])  # one switch for all networks
@@ -198,7 +199,9 @@ class Studio:
             certify=exact,
             save_structure=output.with_suffix(SUFFIX) if exact and one else None,
         )
-        return plan_with(loaded.pipeline, loaded.trained, options)
+        plan = plan_with(loaded.pipeline, loaded.trained, options)
+        plan.bits = loaded.bits
+        return plan
 
     def encode(self, loaded: Loaded, path: Path, size: int | None) -> Encoded:
         """A picture of the browser's as latents; one that cannot be read is named without the server's path."""
@@ -292,7 +295,8 @@ class Studio:
         if structure.bits["precision"] == precision and structure.bits["compiled"] == loaded.pipeline.compiled:
             return loaded
         network = NetworkOptions(str(loaded.path), self.device, batch_size=1)
-        return Loaded(loaded.name, loaded.path, *open_pipeline(network, structure))
+        pipeline, trained = open_pipeline(network, structure)
+        return replace(loaded, pipeline=pipeline, trained=trained)
 
     #############################################################################
     #                                   Files                                   #

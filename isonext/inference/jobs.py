@@ -269,7 +269,7 @@ def describe_structure(batch: Batch, plan: Plan, transfer: Transfer, settings: T
         settings=settings,
         size=batch.size,
         original=digest(LatticeState.at_picture(batch.latents)),
-        bits=fixed_bits(plan.pipeline),
+        bits=plan.bits or fixed_bits(plan.pipeline),
     )
 
 

@@ -61,6 +61,7 @@ class Plan:
     compare: bool = False  # also write the picture beside its transfer
     save_structure: Path | None = None
     certificate: Certificate | None = None
+    bits: dict[str, str | bool | int] | None = None  # of `fixed_bits`, where a caller keeps a pipeline and knows them
 
 
 def plan_transfer(options: TransferOptions) -> Plan:

@@ -9,7 +9,6 @@ backwards gives the picture, and a generation leg gives it in another style. (Fi
 the end of that leg, which nothing needs.)
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from isonext.config import SETTINGS, config_from_dict
-from isonext.data.store import fingerprint, shown
+from isonext.data.store import shown
 from isonext.errors import UserError
 from isonext.flow.certificate import _bytes
 from isonext.flow.solvers import LatticeState
@@ -185,12 +184,6 @@ def _seal(written: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _file_sha256(path: Path) -> str:
-    return _sha256_of(path, *fingerprint(path))
-
-
-@functools.lru_cache(maxsize=16)
-def _sha256_of(path: Path, size: int, changed: int) -> str:
-    """A checkpoint may have gigabytes, and is asked for with every structure file."""
     seal = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

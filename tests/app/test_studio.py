@@ -16,7 +16,8 @@ from isonext.app import studio as studio_module
 from isonext.app.recent import Recent
 from isonext.app.studio import MOST_PIXELS, Order, Studio
 from isonext.errors import UserError
-from isonext.inference.structure_file import load_structure, save_structure
+from isonext.inference import jobs
+from isonext.inference.structure_file import fixed_bits, load_structure, save_structure
 from isonext.pipeline import Pipeline
 
 NAME = Path(CHECKPOINT).name
@@ -231,6 +232,14 @@ def test_a_checkpoint_that_was_replaced_is_loaded_anew_and_one_that_has_gone_is_
         shutil.rmtree(copy)
     with pytest.raises(UserError, match=r"copy/best.pt: no such checkpoint here, or no longer"):
         room.do(room.transfer, order)
+
+
+def test_the_file_of_a_checkpoint_is_digested_once(room, monkeypatch):
+    room.do(room.open, NAME)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "fixed_bits", lambda pipeline: pytest.fail("a large file is read again"))
+        first = load_structure(room.do(room.transfer, ORDER).structure)
+    assert first.bits == fixed_bits(room.do(room.open, NAME).pipeline)
 
 
 def test_what_nobody_foresaw_is_a_sentence_and_memory_that_ran_out_is_let_go(room, monkeypatch, capsys):
