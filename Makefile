@@ -3,6 +3,7 @@
 # make test       the tests but those marked slow, a few minutes on 2 cores
 # make test-all   all tests
 # make bench      the quick benchmarks: preprocessing, and a training step of a small network
+# make browser    Chromium for the tests of app.py, where this is root on Debian or Ubuntu; without one they skip by name
 # make docs       write docs/config.md and docs/config_zh.md from isonext/config.py
 # make clean      remove the virtual environment and the demo's outputs
 
@@ -38,7 +39,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements.txt pyproject.toml requirements/dev.txt requirements/eval.txt requirements/export.txt
+browser:
+	command -v chromium || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+
+$(VENV)/.installed-dev: requirements.txt pyproject.toml requirements/app.txt requirements/dev.txt requirements/eval.txt requirements/export.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements/dev.txt
 	touch $@ $(VENV)/.installed
@@ -46,4 +50,4 @@ $(VENV)/.installed-dev: requirements.txt pyproject.toml requirements/dev.txt req
 clean:
 	rm -rf $(VENV) outputs/demo
 
-.PHONY: demo check test test-all bench docs clean
+.PHONY: demo check test test-all bench docs browser clean

@@ -59,6 +59,7 @@ def test_help_of_every_command_names_its_flags():
         ("train.py", "--resume"),
         ("inference.py", "--cfg_scale"),
         ("evaluate.py", "--pairs"),
+        ("app.py", "--runs"),
         ("test_model.py", "--device"),
         ("demo.py", "--config"),
         ("export.py", "--opset"),
@@ -77,11 +78,11 @@ def imported_by(folder: Path, *arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ("preprocess_latents", "train", "inference", "evaluate", "sample", "test_model", "demo", "export")
+    "name", ("app", "preprocess_latents", "train", "inference", "evaluate", "sample", "test_model", "demo", "export")
 )
 def test_help_imports_nothing_that_takes_long(name):
     found = imported_by(ROOT, f"{name}.py", "--help")
-    assert "argparse" in found and not found & {"torch", "numpy", "scipy", "PIL", "diffusers", "accelerate"}
+    assert "argparse" in found and not found & {"torch", "numpy", "scipy", "PIL", "diffusers", "accelerate", "gradio"}
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ COMMANDS = sorted(
 USERS = {"raw_data", "test_data", "latents", "checkpoints", "outputs", "report", "out", "models", "holiday"}
 USERS |= {"holiday_painted", "photo", "painting", "tensorboard", "NAME_frames", ".venv", "data_root", "~"}
 WRITTEN = {
+    "app.json",
     "meta.json",
     "samples.json",
     "transfers.json",

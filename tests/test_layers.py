@@ -12,9 +12,9 @@ from helpers import ROOT
 FLOORS = [
     *(["isonext.errors"], ["model"], ["isonext.flow"], ["isonext.models"], ["isonext.config"], ["isonext.utils"]),
     *(["isonext.data"], ["isonext.checkpoint"], ["isonext.pipeline"], ["isonext.evaluation"]),
-    *(["isonext.inference", "isonext.training"], ["isonext.export"]),
+    *(["isonext.inference", "isonext.training"], ["isonext.app", "isonext.export"]),
 ]
-COMMANDS = {"preprocess_latents", "train", "inference", "evaluate", "sample", "test_model", "demo", "export"}
+COMMANDS = {"app", "preprocess_latents", "train", "inference", "evaluate", "sample", "test_model", "demo", "export"}
 LIBRARY = sorted(path for path in ROOT.glob("isonext/**/*.py") if path.parent.name != "__pycache__")
 
 

@@ -42,6 +42,7 @@ from isonext.inference.structure_file import (
     refuse_other_shape,
     save_structure,
 )
+from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.device import deterministic
 from isonext.utils.io import check_output, in_background
@@ -133,20 +134,9 @@ def restyle_structure(options: RestyleOptions) -> int:
     structure = load_structure(options.structure)
     images.refuse_unwritable(job.output, structure.size[::-1])
     plan = plan_restyle(options, structure)
-    refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint", "autoencoder"))
-    refuse_other_shape(structure, plan.pipeline, options.structure)
-    pipeline, source, settings = plan.pipeline, plan.source, plan.settings
-    state = move(structure.state, pipeline.device)
     started = time.perf_counter()
-    with deterministic(pipeline.device, options.certify):
-        inverted = Inverted(state, 0)
-        transfers = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
-        for transfer, target in zip(transfers, plan.targets, strict=True):
-            if plan.certificate:
-                back = pipeline.undo(transfer, source, target.style, settings)[0]
-                plan.certificate.compare(state, back)
-                plan.certificate.weigh(transfer.start, transfer.end)
-    results = [pipeline.decode(transfer.latents, *structure.size)[0].cpu() for transfer in transfers]
+    transfers = generate_targets(structure, plan)
+    results = [plan.pipeline.decode(transfer.latents, *structure.size)[0].cpu() for transfer in transfers]
     save_results(job, None, results, plan)
     seconds = time.perf_counter() - started
     print_plan(plan)
@@ -156,26 +146,51 @@ def restyle_structure(options: RestyleOptions) -> int:
     return certificate_status(plan, 0)
 
 
+def generate_targets(structure: Structure, plan: Plan) -> list[Transfer]:
+    """A kept structure in every target style, one transfer each; certified where that was asked for."""
+    pipeline, source, settings = plan.pipeline, plan.source, plan.settings
+    state = move(structure.state, pipeline.device)
+    with deterministic(pipeline.device, plan.certificate is not None):
+        inverted = Inverted(state, 0)
+        transfers = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
+        for transfer, target in zip(transfers, plan.targets, strict=True):
+            if plan.certificate:
+                back = pipeline.undo(transfer, source, target.style, settings)[0]
+                plan.certificate.compare(state, back)
+                plan.certificate.weigh(transfer.start, transfer.end)
+    return transfers
+
+
 def restore_picture(options: RestoreOptions) -> int:
     """A structure file back to its original's latents, bit for bit; returns the exit status."""
     distributed.refuse_several("one picture")
     output, structure = picture_path(options.output), load_structure(options.structure)
     images.refuse_unwritable(output, structure.size[::-1])
     pipeline, _ = open_pipeline(options.network, structure)
-    refuse_other_bits(structure, pipeline, options.structure)
-    refuse_other_shape(structure, pipeline, options.structure)
-    source = pipeline.spec.style_id(structure.source)
-    with deterministic(pipeline.device):
-        picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings)
-        assert isinstance(picture, LatticeState)  # as the structure is one
+    picture = original_of(structure, pipeline, options.structure)
     if digest(picture) != structure.original:
         print(f"certificate: NOT exact: other latents than the original's; {likely_cause(structure.settings)}")
         print("nothing was written")
         return 3
     images.save_picture(images.to_picture(pipeline.decode(picture.x, *structure.size)[0]), output)
     print(f"{structure.source}: back at the original's latents, written to {output}")
-    print(f"certificate: exact (0 of {picture.position.numel()} elements differ), sha256 {digest(picture)}")
+    print(restored_line(picture))
     return 0
+
+
+def original_of(structure: Structure, pipeline: Pipeline, path: Path) -> LatticeState:
+    """The picture of the structure file at `path`; it is the original where it has that one's digest."""
+    refuse_other_bits(structure, pipeline, path)
+    refuse_other_shape(structure, pipeline, path)
+    source = pipeline.spec.style_id(structure.source)
+    with deterministic(pipeline.device):
+        picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings)
+    assert isinstance(picture, LatticeState)  # as the structure is one
+    return picture
+
+
+def restored_line(picture: LatticeState) -> str:
+    return f"certificate: exact (0 of {picture.position.numel()} elements differ), sha256 {digest(picture)}"
 
 
 def move(state: LatticeState, device: torch.device) -> LatticeState:
@@ -254,7 +269,7 @@ def describe_structure(batch: Batch, plan: Plan, transfer: Transfer, settings: T
         settings=settings,
         size=batch.size,
         original=digest(LatticeState.at_picture(batch.latents)),
-        bits=fixed_bits(plan.pipeline),
+        bits=plan.bits or fixed_bits(plan.pipeline),
     )
 
 

@@ -19,7 +19,7 @@ from isonext.inference.options import (
     TargetOptions,
     TransferOptions,
 )
-from isonext.inference.structure_file import SUFFIX, Structure
+from isonext.inference.structure_file import SUFFIX, Structure, refuse_other_bits, refuse_other_shape
 from isonext.models.cost import forward_flops
 from isonext.pipeline import Pipeline, front_line, load_pipeline, transfer_settings
 from isonext.utils import distributed
@@ -61,11 +61,16 @@ class Plan:
     compare: bool = False  # also write the picture beside its transfer
     save_structure: Path | None = None
     certificate: Certificate | None = None
+    bits: dict[str, str | bool | int] | None = None  # of `fixed_bits`, where a caller keeps a pipeline and knows them
 
 
 def plan_transfer(options: TransferOptions) -> Plan:
     """Everything that can be wrong with the options is found here, before the first picture."""
-    pipeline, trained = open_pipeline(options.network)
+    return plan_with(*open_pipeline(options.network), options)
+
+
+def plan_with(pipeline: Pipeline, trained: dict, options: TransferOptions) -> Plan:
+    """The same with a pipeline that is open already; `trained` is the checkpoint's config."""
     settings = resolve_settings(options.settings, trained, options.network.checkpoint, front=pipeline.front)
     if settings.inversion == "fixed_point" and options.network.precision == "bf16":
         raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
@@ -86,7 +91,13 @@ def plan_transfer(options: TransferOptions) -> Plan:
 
 def plan_restyle(options: RestyleOptions, structure: Structure) -> Plan:
     """The same for a structure that was kept, whose file says where it came from."""
-    pipeline, trained = open_pipeline(options.network, structure)
+    return plan_restyle_with(*open_pipeline(options.network, structure), options, structure)
+
+
+def plan_restyle_with(pipeline: Pipeline, trained: dict, options: RestyleOptions, structure: Structure) -> Plan:
+    """The same with a pipeline that is open already; UserError where the structure is not one of its checkpoint."""
+    refuse_other_bits(structure, pipeline, options.structure, ("checkpoint", "autoencoder"))
+    refuse_other_shape(structure, pipeline, options.structure)
     checkpoint, front = options.network.checkpoint, pipeline.front
     settings = resolve_settings(options.settings, trained, checkpoint, structure.settings, front)
     source = pipeline.spec.style_id(structure.source)

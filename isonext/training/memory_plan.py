@@ -122,6 +122,10 @@ def describe_reduction(training: TrainingConfig, chosen: MicroBatch, share: int)
 
 
 def print_plan(config: Config, vram: float | None) -> None:
+    print("\n".join(plan_lines(config, vram)))
+
+
+def plan_lines(config: Config, vram: float | None = None) -> list[str]:
     """What training by this config costs, and the flags that make it fit `vram` GiB; runs and writes nothing."""
     if vram is not None and not 0 < vram <= LARGEST_CARD:  # written so that NaN fails
         raise UserError(f"--vram {vram:g}: the memory of a card in GiB, a number above 0 and at most {LARGEST_CARD}")
@@ -146,7 +150,7 @@ def print_plan(config: Config, vram: float | None) -> None:
         lines.append(
             f"not one picture fits {vram:.3g} GiB: lower model.hidden_dim, model.num_layers or data.image_size"
         )
-    print("\n".join(lines))
+    return lines
 
 
 def assumed_latents(config: Config) -> LatentSpec:
