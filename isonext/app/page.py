@@ -52,19 +52,15 @@ def build_page(options: AppOptions, folder: Path) -> gr.Blocks:
         nothing = gr.Markdown(visible=False, elem_id="nothing")
         with gr.Tabs():
             with gr.Tab(words("transfer"), id="transfer") as transfers:
-                TransferTab(studio, words, checkpoint)
+                first = TransferTab(studio, words, checkpoint)
             with gr.Tab(words("train"), id="train") as training:
                 TrainTab(studio, words, options, [training.select, refresh.click])
             with gr.Tab(words("sample"), id="sample"):
-                SampleTab(studio, words, checkpoint)
-        gr.on(
-            [page.load, refresh.click, transfers.select],
-            look,
-            checkpoint,
-            [checkpoint, nothing],
-            queue=False,
-            **NOT_ASKED,
-        )
+                last = SampleTab(studio, words, checkpoint)
+        looked, lists = [page.load, refresh.click, transfers.select], [checkpoint, nothing]
+        seen = gr.on(looked, look, checkpoint, lists, queue=False, **NOT_ASKED)
+        first.settle_late(seen)
+        last.settle_late(seen, first.source)
     page.queue(api_open=False, max_size=IN_LINE)
     page.words = words
     return page

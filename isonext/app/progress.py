@@ -12,7 +12,7 @@ from isonext.training.folder import METRICS
 from isonext.training.log import read_metrics
 from isonext.utils.io import natural_order
 
-QUARTERS = {f"loss_t{q}": f"t {q / 4:g} to {(q + 1) / 4:g}" for q in range(4)}
+QUARTERS = {f"loss_t{q}": f"{q / 4:g}–{(q + 1) / 4:g}" for q in range(4)}
 MOST_POINTS = 300  # of a curve
 MOST_LINES, MOST_PREVIEWS = 8, 6  # the last ones
 COLUMNS = {"val_loss": "loss", "val_style_success": "style", "val_ssim": "SSIM", "val_score": "score"}
@@ -23,7 +23,7 @@ class Progress:
     """What the page shows of a run."""
 
     sentence: str
-    losses: dict[str, list]  # columns step, loss, quarter
+    losses: dict[str, list]  # columns step, loss, t
     validation: str  # a table in Markdown
     previews: list[Path]  # the newest first
 
@@ -61,7 +61,7 @@ def place_of(folder: Path, lines: list[dict], headers: Mapping[str, str] | None)
 
 def losses_of(lines: list[dict]) -> dict[str, list]:
     """The curves of the quarters of t, thinned out evenly."""
-    table: dict[str, list] = {"step": [], "loss": [], "quarter": []}
+    table: dict[str, list] = {"step": [], "loss": [], "t": []}
     for name, quarter in QUARTERS.items():
         points = [(line["step"], line[name]) for line in lines if name in line]
         every = -(-len(points) // MOST_POINTS) or 1

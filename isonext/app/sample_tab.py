@@ -41,7 +41,16 @@ class SampleTab:
                 singles = gr.Gallery(label=words("singles"), columns=4, object_fit="contain", elem_id="singles")
         inputs = [checkpoint, styles, count, seed, scale, method, steps]
         go.click(self.sample, inputs, [grid, singles], api_name="sample", **DEVICE)
-        checkpoint.change(self.settle, checkpoint, [styles, scale, method, steps], **DEVICE, **NOT_ASKED)
+        self.checkpoint, self.settings = checkpoint, [styles, scale, method, steps]
+        checkpoint.change(self.settle, checkpoint, self.settings, **DEVICE, **NOT_ASKED)
+
+    def settle_late(self, looked: Any, source: gr.Dropdown) -> None:
+        """As in the tab of transfers, where `source` tells whether it was settled."""
+
+        def settle(source: str | None, checkpoint: str | None) -> tuple:
+            return (gr.skip(),) * 4 if source else self.settle(checkpoint)
+
+        looked.then(settle, [source, self.checkpoint], self.settings, **DEVICE, **NOT_ASKED)
 
     def sample(
         self,

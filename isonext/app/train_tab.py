@@ -63,7 +63,7 @@ class TrainTab:
         words = self.words
         self.run = choice(gr.Dropdown([], label=words("run"), elem_id="run"))
         self.status = gr.Markdown(elem_id="status")
-        self.losses = gr.LinePlot(label=words("losses"), x="step", y="loss", color="quarter", elem_id="losses")
+        self.losses = gr.LinePlot(label=words("losses"), x="step", y="loss", color="t", elem_id="losses")
         self.figures = gr.Markdown(label=words("figures"), show_label=True, container=True, elem_id="figures")
         self.previews = gr.Gallery(
             label=words("previews"), columns=2, object_fit="contain", interactive=False, elem_id="previews"

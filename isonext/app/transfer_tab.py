@@ -110,6 +110,7 @@ class TransferTab:
         gr.on(moved, self.follow, [shown, *inputs], outputs, trigger_mode="always_last", **DEVICE, **NOT_ASKED)
         settings = [self.source, self.target, self.method, self.steps, self.scale, self.auto, self.guessed]
         self.checkpoint.change(self.settle, [self.checkpoint, self.picture], settings, **DEVICE, **NOT_ASKED)
+        self.settings = settings
         dropped = [self.checkpoint, self.picture, self.target]
         guessed = [self.source, self.target, self.guessed, shown]
         self.picture.change(self.guess, dropped, guessed, show_progress_on=self.guessed, **DEVICE, **NOT_ASKED)
@@ -251,6 +252,14 @@ class TransferTab:
             gr.Checkbox(visible=bool(front), value=auto and bool(front)),
             guessed[2],
         )
+
+    def settle_late(self, looked: Any) -> None:
+        """Behind the event `looked`, settle what could not be when the checkpoint was chosen, for a training."""
+
+        def settle(source: str | None, checkpoint: str | None, picture: Path | None, request: gr.Request) -> tuple:
+            return (gr.skip(),) * 7 if source else self.settle(checkpoint, picture, request)
+
+        looked.then(settle, [self.source, self.checkpoint, self.picture], self.settings, **DEVICE, **NOT_ASKED)
 
     def guess(self, checkpoint: str | None, picture: Path | None, target: str | None, request: gr.Request) -> tuple:
         """The style of a picture that was dropped, how sure that is, and another one to give it; results are not for

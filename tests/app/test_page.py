@@ -231,6 +231,9 @@ def test_training_is_started_stopped_and_gone_on_with_and_survives_the_page(page
     expect(other.locator("#status")).to_contain_text("pets: not under way")
     assert (run / "stage1_interrupted.pt").exists()
     expect(other.locator("#log textarea")).to_have_value(re.compile("go on with --resume"))
+    other.get_by_role("tab", name="Transfer").click()  # which could not be settled while the training had the device
+    expect(other.get_by_label("Style to give it")).to_have_value("warm")
+    other.get_by_role("tab", name="Train").click()
     stopped = len((run / "metrics.jsonl").read_text().splitlines())
 
     choose(other, "#folder", "raw_data/pets")

@@ -30,7 +30,7 @@ def test_what_is_shown_of_a_run_at_rest(tmp_path):
     assert seen.losses == {
         "step": [10, 20, 10],
         "loss": [2.0, 1.0, 0.5],
-        "quarter": ["t 0 to 0.25", "t 0 to 0.25", "t 0.75 to 1"],
+        "t": ["0–0.25", "0–0.25", "0.75–1"],
     }
     assert [path.name for path in seen.previews] == ["preview_epoch10.png", "preview_epoch9.png", "preview_epoch2.png"]
     rows = seen.validation.splitlines()
