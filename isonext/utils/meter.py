@@ -1,5 +1,6 @@
 """Commands on a meter: each runs until its end, or until its time is used up."""
 
+import math
 import os
 import subprocess
 import tempfile
@@ -9,8 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from tqdm import tqdm
 
 POLL_S = 0.1
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s used, {elapsed}"
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -40,8 +43,10 @@ def run_metered(
 ) -> tuple[float, int | None]:
     """The seconds that it used, and its exit status; None where it was stopped."""
     started, stopped, used = time.monotonic(), False, 0.0
+    bar = tqdm(total=limit_s, desc=log.stem, bar_format=BAR, disable=limit_s == math.inf or None)
     hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    with open(log, "ab") as out, tempfile.TemporaryDirectory() as kernels:  # what a run compiles is a cost of its own
+    # What a run compiles is a cost of its own: it finds no kernels of another one.
+    with bar, open(log, "ab") as out, tempfile.TemporaryDirectory() as kernels:
         environment = os.environ | hidden | {"PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": kernels}
         process = psutil.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
         try:
@@ -52,6 +57,7 @@ def run_metered(
                 if ended:
                     status = process.wait()
                     return used, None if stopped else status
+                bar.update(used - bar.n)
                 watch(used)
                 if used >= limit_s and not stopped:
                     stopped = True
