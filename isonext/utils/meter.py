@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-POLL_S = 0.1
+POLL_S = 0.2
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s used, {elapsed}"
 
 
