@@ -1,11 +1,19 @@
 """The benchmarks and the smoke check: each runs, and its last line is JSON with what its table says."""
 
+import importlib
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from helpers import CHECKPOINT, ROOT, call, refused
+from fake_peer import write_fake_peer
+from helpers import CHECKPOINT, ROOT, call, call_within, refused
 from isonext.config import config_to_dict
+from isonext.data import images
+from isonext.evaluation.evaluator import load_styles
+from isonext.evaluation.metrics import ssim
 from small_vaes import save_small
 
 
@@ -194,3 +202,143 @@ def test_autoencoder_benchmark_compares_the_ways_of_computing(tmp_path):
         assert f"both {row['both_db']:6.2f} dB" in next(line for line in done.stdout.splitlines() if f" {way} " in line)
     bad = call(tmp_path, "benchmarks/autoencoder.py", "--autoencoder", "dct")
     assert bad.returncode == 2 and "has no weights" in bad.stderr and bad.stderr.count("\n") == 1
+
+
+PEERS = ("--checkpoint", CHECKPOINT, "--train_data", "raw_data", "--data", "held_out", "--device", "cpu")
+
+
+@pytest.fixture
+def peer_studio(studio, tmp_path):
+    """A studio with 5 test pictures of `cold` and 3 of `warm`, and a checkout beside it."""
+    if not (studio / "held_out").exists():
+        for style, count in (("cold", 5), ("warm", 3)):
+            (studio / "held_out" / style).mkdir(parents=True)
+            for picture in sorted((studio / "raw_data" / style).iterdir())[:count]:
+                shutil.copy(picture, studio / "held_out" / style)
+    return studio, write_fake_peer(tmp_path / "code")
+
+
+def ssim_of_copies(studio, source, target):
+    """Mean over the test pictures of one style, each to the other style's of its number, counted round."""
+    before, after = (
+        torch.stack([images.to_pixels(images.to_bytes(images.open_picture(path))) for path in sorted(folder.iterdir())])
+        for folder in (studio / "held_out" / source, studio / "held_out" / target)
+    )
+    return ssim(before, after[torch.arange(len(before)) % len(after)]).mean().item()
+
+
+@pytest.mark.slow
+def test_peers_benchmark_trains_a_peer_for_its_time_and_scores_what_it_made(peer_studio):
+    studio, code = peer_studio
+    before = sorted(path.name for path in code.rglob("*"))
+    flags = ["--peer", "cut", "--code", code, "--minutes", "0.02", "--sweep", "strength=1", "cfg_scale=1"]
+    done = call(studio, "benchmarks/peers.py", *PEERS, *flags, "--output", "report/cut")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    ours, *rows = figures["rows"]
+    assert ours["name"] == "ours, strength 1, scale 1" and ours["seconds"] is None
+    assert [row["name"] for row in rows] == ["cut, 0.01 minutes each way", "cut, 0.02 minutes each way"]
+    for row, share in zip(rows, (0.5, 1), strict=True):
+        assert 2 * 1.2 * share <= row["seconds"] <= 2 * (1.2 * share + 0.4)
+        # A step takes 0.01 s, and what is half-written when the time is over does not count; a start takes some.
+        assert row["steps"] % 5 == 0 and 0 < row["steps"] <= row["seconds"] / 2 / 0.01
+        for way in (("cold", "warm"), ("warm", "cold")):
+            found = row["->".join(way)]["ssim_to_source"]["mean"]
+            assert found == pytest.approx(ssim_of_copies(studio, *way), abs=1e-5)
+        assert row["cold->warm"]["style_success"]["mean"] == row["warm->cold"]["style_success"]["mean"] == 1
+    assert figures["classifier_accuracy_uncoded"]["mean"] == 1
+    assert [(margin["source"], margin["ours"]) for margin in figures["margins"]] == [
+        (style, ours["name"] if ours[way]["style_success"]["mean"] == 1 else None)
+        for style, way in (("cold", "cold->warm"), ("warm", "warm->cold")) * 2
+    ]
+    assert (studio / "report/cut/front.png").exists()
+    assert len(list((studio / "report/cut").glob("*/cold_to_warm.png"))) == 3
+    assert sorted(path.name for path in code.rglob("*")) == before, "the checkout is the user's"
+
+
+def test_peers_benchmark_trains_cyclegan_once_and_knows_which_picture_became_what(peer_studio, tmp_path):
+    studio, code = peer_studio
+    peers = importlib.import_module("benchmarks.peers")
+    pictures = load_styles(studio / "held_out", ["cold", "warm"], 32)
+    reddish = SimpleNamespace(predict=lambda pixels: (pixels[:, 0] > pixels[:, 2]).float().mean((1, 2)).round().long())
+    evaluator = SimpleNamespace(styles=["cold", "warm"], test=pictures, classifier=reddish)
+    checkout = peers.Checkout(code, peers.PEERS["cyclegan"], None, 32, tmp_path / "work", tmp_path)
+    (row,) = peers.run_peer(checkout, evaluator, studio / "raw_data", "cyclegan", 0.8)
+    assert row.name == "cyclegan, both ways" and 0.8 <= row.seconds <= 1.2 and row.steps % 5 == 0
+    there, back = row.directions["cold", "warm"], row.directions["warm", "cold"]
+    assert len(there.names) == 5 and there.by_picture("style_success").all()
+    assert there.by_picture("ssim_to_source").mean().item() == pytest.approx(
+        ssim_of_copies(studio, "cold", "warm"), abs=1e-5
+    )
+    assert back.names == ["000", "001", "002"] and not back.by_picture("style_success").any()
+    warm = torch.stack(list(pictures["warm"].values()))
+    assert back.by_picture("ssim_to_source").tolist() == pytest.approx(ssim(warm, warm.flip(2)).tolist(), abs=1e-5)
+
+
+def test_peers_benchmark_refuses_bad_input_in_one_line(peer_studio, tmp_path):
+    studio, code = peer_studio
+    (tmp_path / "empty/cold").mkdir(parents=True)
+    (tmp_path / "empty/warm").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(code, tmp_path / "half")
+    (tmp_path / "half/models/cut_model.py").unlink()
+    base = dict(zip(PEERS[::2], PEERS[1::2], strict=True)) | {"--peer": "cut", "--code": code, "--minutes": "1"}
+    for changes, words in (
+        ({"--code": tmp_path / "other"}, ("--code", "other: has no train.py", "checkout")),
+        ({"--code": tmp_path / "half"}, ("half: has no models/cut_model.py",)),
+        ({"--code": tmp_path / "nowhere"}, ("nowhere: has no train.py",)),
+        ({"--peer": "pix2pix"}, ("--peer pix2pix", "cut, cyclegan")),
+        ({"--minutes": "0"}, ("--minutes 0: must be more than 0",)),
+        ({"--minutes": "-3"}, ("--minutes -3: must be more than 0",)),
+        ({"--minutes": "nan"}, ("--minutes nan: must be more than 0",)),
+        ({"--train_data": tmp_path / "empty"}, ("empty", "holds no pictures")),
+        ({"--data": tmp_path / "empty"}, ("--data", "empty", "holds no pictures")),
+        ({"--data": tmp_path / "nowhere"}, ("--data", "nowhere", "holds no pictures")),
+        ({"--checkpoint": tmp_path / "none.pt"}, ("none.pt", "no such checkpoint")),
+    ):
+        flags = [str(text) for pair in (base | changes).items() for text in pair]
+        refused(call_within(studio, "benchmarks.peers", *flags), *words)
+    assert not (studio / "report/peers").exists()
+
+
+def test_peers_benchmark_says_what_a_checkout_lacks_before_any_time_is_spent(peer_studio, tmp_path):
+    studio, code = peer_studio
+    flags = [*PEERS, "--peer", "cut", "--code", str(code), "--output", "report/lacks"]
+    (code / "train.py").write_text("import dominate_is_not_here")
+    refused(call_within(studio, "benchmarks.peers", *flags), "needs the package dominate_is_not_here; pip install")
+    (code / "train.py").write_text("raise ValueError('no such\\nnorm')")
+    refused(call_within(studio, "benchmarks.peers", *flags), "train.py ended with status 1 (norm)", "cut.log")
+
+
+def test_peers_benchmark_refuses_a_time_in_which_the_peer_saves_nothing(peer_studio, tmp_path):
+    studio, code = peer_studio
+    peers = importlib.import_module("benchmarks.peers")
+    (code / "train.py").write_text("")  # ends at once
+    pictures = load_styles(studio / "held_out", ["cold", "warm"], 32)
+    evaluator = SimpleNamespace(styles=["cold", "warm"], test=pictures)
+    checkout = peers.Checkout(code, peers.PEERS["cut"], None, 32, tmp_path / "work", tmp_path)
+    with pytest.raises(peers.UserError, match=r"--minutes 0.5: cut saved no weights within 0.5 of it; give more"):
+        peers.run_peer(checkout, evaluator, studio / "raw_data", "cut", 30)
+
+
+def test_peers_benchmark_trains_ours_with_the_epochs_that_fit_the_time(tmp_path, monkeypatch):
+    peers = importlib.import_module("benchmarks.peers")
+    asked: list[tuple[str, int, float]] = []
+
+    def run_metered(command, log, limit_s, on_gpu, graceful):
+        flags = [text for text in command if "stage1_epochs" in text]
+        epochs = int(flags[0].rpartition("=")[2]) if flags else 0
+        asked.append((command[1].rpartition("/")[2], epochs, limit_s))
+        return (5 + 2 * epochs, 0) if epochs else (10, 1)  # a bad picture was passed over
+
+    monkeypatch.setattr(peers, "run_metered", run_metered)
+    monkeypatch.setattr(peers, "newest_checkpoint", lambda folder: (folder / "stage1_epoch41.pt", None))
+    args = SimpleNamespace(output=tmp_path, train_data=tmp_path, config="c.json", overrides=[], minutes=100 / 60)
+    path, seconds = peers.train_ours(args, torch.device("cpu"), 100)
+    # 97 s less 10 of preprocessing and 5 of a start leave 82, or 41 epochs of 2 s; the two short runs do not count.
+    assert asked == [
+        ("preprocess_latents.py", 0, 100), ("train.py", 1, 100), ("train.py", 3, 100), ("train.py", 41, 90)
+    ]  # fmt: skip
+    assert seconds == 10 + 5 + 2 * 41 and path == tmp_path / "ours/run/stage1_epoch41.pt"
+    with pytest.raises(peers.UserError, match="an epoch of ours takes 17 s"):
+        peers.train_ours(args, torch.device("cpu"), 16)
