@@ -77,9 +77,13 @@ class TrainingConfig:
     ema_decay: float = key(0.9995, "the averaged weights that are used for transfers", 0, 1)
     label_drop_prob: float = key(0.15, "labels replaced by the null style, so that it can guide", 0, 1)
     coupling: str = key("independent", "noise pairing; ot permutes noise inside a style", choices=("independent", "ot"))
-    anchor_strength: float = key(0.8, "how far x0's low band carries the picture's layout; 0 is white noise", 0, 1)
+    anchor_strength: float | Literal["auto"] = key(
+        "auto", "how far x0's low band carries the picture's layout; 0 is white noise; auto looks at the store", 0, 1
+    )
     anchor_cells: int = key(2, "side in latent cells of the squares whose means are that low band", 1, 64)
-    time_sampling: str = key("uniform", "how t is drawn", choices=("uniform", "logit_normal"))
+    time_sampling: str = key(
+        "logit_normal", "how t is drawn: logit_normal favours the middle; uniform", choices=("uniform", "logit_normal")
+    )
     use_amp: bool = key(True, "the network runs in BF16, where the device has it (no loss scaling is needed)")
     tf32: bool = key(True, "TF32 for what stays float32 on CUDA")
     channels_last: bool = key(True, "NHWC memory: what depthwise and pointwise layers are fast in")

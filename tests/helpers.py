@@ -28,6 +28,8 @@ TINY = {
         "stage1_epochs": 2,
         "warmup_steps": 2,
         "learning_rate": 1e-3,
+        "anchor_strength": 0.8,  # "auto" would look at these few small pictures
+        "time_sampling": "uniform",
         "compile": False,
         "num_workers": 0,
         "log_every_steps": 1,
@@ -46,6 +48,8 @@ STUDIO = {
     "training": {
         "batch_size": 8,
         "learning_rate": 2e-3,
+        "anchor_strength": 0.8,
+        "time_sampling": "uniform",
         "stage1_epochs": 4,
         "warmup_steps": 2,
         "num_workers": 2,

@@ -23,7 +23,12 @@ OPTIONAL = {
     "data.num_classes",
     "inference.latent_clamp",
 }
-AUTO = {"inference.cfg_scale", "training.micro_batch_size", "training.gradient_checkpointing"}
+AUTO = {
+    "inference.cfg_scale",
+    "training.micro_batch_size",
+    "training.gradient_checkpointing",
+    "training.anchor_strength",
+}
 PAIRS = {"training.betas", "inference.cfg_interval"}
 WRONG = {
     int: ["7", 1.5, 4.0, True, [1], {}, math.nan],

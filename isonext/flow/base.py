@@ -12,13 +12,15 @@ arXiv:2310.03725); what it needs is known at training only, but for generation f
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ANCHORED = 0.8  # the strength that "auto" takes where it anchors
+MOST_TONE = 0.2  # of the low band's variance; measured on drawings and photographs, see docs/quality.md
 LAYOUTS = 1024  # a style, at most
 LAYOUT_NUMBERS = 2**22  # of all styles together, at most: 8 MB of a checkpoint, in float16
 
@@ -109,6 +111,29 @@ def fit_base(
     count = max(1, min(LAYOUTS, most, max(map(len, structures))))
     layouts = torch.stack([spread_out(structure, count) for structure in structures])
     return Base(strength, cells, mean.float(), deviation.float(), layouts.half())
+
+
+def choose_strength(latents: Callable[[int], Tensor], num_styles: int, cells: int) -> tuple[float, str]:
+    """What anchor_strength "auto" is for these latents (see `fit_base`), and a line that says why."""
+    share = tone_share([low_band(latents(style), cells) for style in range(num_styles)])
+    strength, side = (ANCHORED, "below") if share < MOST_TONE else (0.0, "not below")
+    return strength, (
+        f"training.anchor_strength auto is {strength:g}: {share:.2f} of the low band's variance is whole pictures' "
+        f"light and colour, {side} {MOST_TONE:g}"
+    )
+
+
+def tone_share(lows: Sequence[Tensor]) -> float:
+    """How much of the variance of low bands (n, C, h', w'), one a style, lies between the means of whole pictures.
+
+    Such means are light and colour. Where they are much of S, an x0 that is anchored to S carries a picture's look.
+    """
+    shares = []
+    for low in lows:
+        centred = low.double() - low.double().mean((0, 2, 3), keepdim=True)
+        between, total = centred.mean((2, 3)).square().mean(0), centred.square().mean((0, 2, 3))
+        shares.append((between / total.clamp_min(1e-6)).mean())
+    return torch.stack(shares).mean().item()
 
 
 def spread_out(rows: Tensor, count: int) -> Tensor:

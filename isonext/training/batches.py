@@ -10,7 +10,7 @@ from torch import Tensor
 from isonext.config import TrainingConfig
 from isonext.data.dataset import LatentSplit
 from isonext.errors import UserError
-from isonext.flow.base import Base, fit_base
+from isonext.flow.base import Base, choose_strength, fit_base
 from isonext.flow.loss import drop_labels, pair_noise, sample_time
 from isonext.utils.seeding import seeded
 
@@ -71,8 +71,11 @@ def drawn_pictures(split: LatentSplit, training: TrainingConfig, step: int) -> T
     return split.by_style[balanced_order(training.seed, epoch, steps_per_epoch * size, split.counts)[part]]
 
 
-def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
-    """The base that the config asks for, fitted to at most 1024 pictures a style."""
+def base_of(split: LatentSplit, training: TrainingConfig, of_auto: float | None = None) -> tuple[Base, str]:
+    """The base that the config asks for, fitted to at most 1024 pictures a style; and what "auto" chose, or "".
+
+    "auto" is `of_auto`, if that is given.
+    """
     cells = split.spec.image_size // split.spec.factor
     if training.anchor_strength and training.anchor_cells > cells:
         raise UserError(f"training.anchor_cells = {training.anchor_cells}: the latents have {cells} cells a side")
@@ -81,7 +84,12 @@ def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
         index = (split.styles == style).nonzero().flatten()
         return split.batch(index[:: math.ceil(len(index) / 1024)])[0]
 
-    return fit_base(spread, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
+    strength, choice, styles = training.anchor_strength, "", len(split.spec.styles)
+    if strength == "auto" and of_auto is not None:
+        strength = of_auto
+    elif strength == "auto":
+        strength, choice = choose_strength(spread, styles, training.anchor_cells)
+    return fit_base(spread, styles, strength, training.anchor_cells), choice
 
 
 ALL = slice(None)

@@ -66,6 +66,8 @@ def check_resume(checkpoint: Checkpoint, path: Path, config: Config, spec: Laten
             old = was[section][key]
             if value == old or key in COUNTED or section in ("data", "inference"):
                 continue
+            if key == "anchor_strength" and (value == "auto" or value == checkpoint.base.strength):
+                continue  # auto takes what the run has
             name = f"{section}.{key}"
             if section == "model" or (section == "training" and key in FIXED):
                 why = FIXED.get(key, "its weights are of that shape")

@@ -69,7 +69,8 @@ class Trainer:
         other = load_checkpoint(init) if init else None
         self.spec = self.train.spec = self.val.spec = in_units_of(meta.latents, other, init)
         self._check_sizes()
-        self.base = base_of(self.train, training)
+        of_auto = other.base.strength if other else None  # its weights know one base
+        self.base, self.choice = base_of(self.train, training, of_auto)
 
         network = network_of(config, self.spec)
         self.share = training.batch_size // self.accelerator.num_processes
@@ -138,7 +139,7 @@ class Trainer:
         # The statistics stay those of the start: the network's units must not move under it.
         known = checkpoint.latents
         self.spec = self.train.spec = self.val.spec = replace(self.spec, mean=known.mean, std=known.std)
-        self.base = checkpoint.base
+        self.base, self.choice = checkpoint.base, ""
         self.state.load_tree(vars(checkpoint), path)
         if self.accelerator.is_main_process and checkpoint.log:  # the sums are over all processes
             self.quarter_sums += checkpoint.log["sums"].to(self.device)
@@ -332,12 +333,13 @@ class Trainer:
             ) from None
 
     def describe(self) -> str:
-        """The line at the start of a run."""
+        """The line at the start of a run, and what it chose for itself."""
         return (
             f"{count_parameters(self.state.model) / 1e6:.2f} M parameters, {len(self.train)} pictures in "
             f"{len(self.spec.styles)} styles ({', '.join(self.spec.styles)}), {len(self.val)} held out, "
             f"{self.total_steps} steps on {self.device} in {'BF16' if self.bf16 else 'float32'}"
             f"{describe_reduction(self.config.training, self.gradients.micro_batch, self.share)}"
+            + (f"\n{self.choice}" if self.choice else "")
         )
 
 

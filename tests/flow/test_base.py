@@ -1,6 +1,7 @@
 """The base: what its low band is, that nothing else moves, and that it does not know the style."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isonext.flow import base as base_module
-from isonext.flow.base import Base, fit_base, low_band, spread_out
+from isonext.flow.base import Base, choose_strength, fit_base, low_band, spread_out, tone_share
 from isonext.flow.loss import pair_noise
 
 STYLES = torch.tensor([0, 1, 0])
@@ -214,3 +215,41 @@ def test_pairing_noise_leaves_the_low_band_of_x0_as_white_as_it_was(fitted):
     expected = (0.8**2 * structure.square().mean() + 0.6**2).item()
     assert torch.cat(low).square().mean().item() == pytest.approx(expected, rel=0.05)
     assert torch.cat(whole).square().mean() > 1.1 * expected  # what there is to get wrong
+
+
+#################################################################################
+#                              The strength "auto"                              #
+#################################################################################
+
+
+def test_the_share_of_tone_by_hand():
+    """Channel 0: the pictures are flat, at 0 and 2; channel 1: both are the same -1 and 1."""
+    flat = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 1, 2)
+    layout = torch.tensor([-1.0, 1.0]).expand(2, 1, 1, 2)
+    assert tone_share([torch.cat([flat, layout], 1)]) == pytest.approx(0.5)  # (1 + 0) / 2
+    assert tone_share([flat, layout, layout, layout]) == pytest.approx(0.25)  # of styles
+    # means at 1 and -1, each with cells at 3 either side: 1 of 1 + 9
+    assert tone_share([torch.tensor([[4.0, -2], [2, -4]]).view(2, 1, 1, 2) + 7]) == pytest.approx(0.1)
+    assert tone_share([torch.zeros(3, 2, 2, 2)]) == 0  # no spread at all
+
+
+def toned(share: float) -> Callable[[int], torch.Tensor]:
+    """Latents whose low band's variance lies between pictures to this share."""
+
+    def latents(style: int) -> torch.Tensor:
+        tone, layout = white(2000, 2, 1, 1, seed=style), white(2000, 2, 16, 16, seed=10 + style)
+        return style + (1 + style) * (math.sqrt(share) * tone + math.sqrt(1 - share) * 2 * layout)
+
+    return latents
+
+
+@pytest.mark.parametrize(("share", "strength"), [(0.05, 0.8), (0.6, 0.0)])
+def test_auto_anchors_to_layout_and_not_to_light_and_colour(share, strength):
+    chosen, why = choose_strength(toned(share), 2, 2)
+    measured = tone_share([low_band(toned(share)(style), 2) for style in range(2)])
+    side = "below" if strength else "not below"
+    assert chosen == strength
+    assert why == (
+        f"training.anchor_strength auto is {strength:g}: {measured:.2f} of the low band's variance is whole pictures' "
+        f"light and colour, {side} 0.2"
+    )

@@ -16,6 +16,7 @@ from isonext.config import TrainingConfig
 from isonext.data.dataset import LatentSplit
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
+from isonext.flow import base as base_module
 from isonext.flow.base import Base, low_band
 from isonext.training import batches, memory_plan, validation
 from isonext.training import trainer as trainer_module
@@ -92,6 +93,35 @@ def test_a_run_without_an_anchor_draws_white_noise(config):
     trainer = Trainer(config({"training.anchor_strength": 0.0}))
     assert trainer.base.strength == 0
     assert abs(draw_batch(trainer.train, trainer.base, trainer.config.training, 0, 2).x0.var() - 1) < 0.2
+
+
+def test_auto_chooses_says_so_once_and_the_checkpoint_keeps_the_choice(config, store, capsys, monkeypatch):
+    chosen = {}
+    for most in (1.0, 0.0):  # all that there is lies below, nothing does
+        monkeypatch.setattr(base_module, "MOST_TONE", most)
+        trainer = Trainer(config({"training.anchor_strength": "auto", "checkpoint.save_dir": str(store / str(most))}))
+        lines = trainer.describe().splitlines()
+        chosen[most] = trainer.base.strength
+        assert len(lines) == 2 and lines[1].startswith(f"training.anchor_strength auto is {chosen[most]:g}: ")
+        trainer.fit(stop=lambda run=trainer: run.state.step == 1, quiet=True)
+    assert chosen == {1.0: 0.8, 0.0: 0.0}
+    there = {"checkpoint.save_dir": str(store / "1.0")}  # where another choice would be made by now
+    for asked in ("auto", 0.8):
+        resumed = Trainer(config({"training.anchor_strength": asked} | there), "newest")
+        assert resumed.base.strength == 0.8 and resumed.choice == ""
+    with pytest.raises(UserError, match=r"was trained with training\.anchor_strength auto, not 0\.3"):
+        Trainer(config({"training.anchor_strength": 0.3} | there), "newest")
+
+
+def test_a_run_of_a_given_strength_goes_on_under_auto(config, store):
+    started = Trainer(config(ANCHORED))
+    started.fit(stop=lambda: 1, quiet=True)
+    auto = {"training.anchor_strength": "auto"}
+    assert Trainer(config(auto), "newest").base.strength == 0.8
+    others = Trainer(
+        config(auto | {"checkpoint.save_dir": str(store / "other")}), init=str(started.folder / INTERRUPTED)
+    )
+    assert others.base.strength == 0.8 and others.choice == ""  # the weights were trained on that base
 
 
 def test_squares_larger_than_the_latents_are_refused(config):

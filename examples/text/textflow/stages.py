@@ -25,7 +25,9 @@ class Shape:
     flow_steps: int = 200_000
     # Both stages; the rate of the small networks is larger, see training/optim.py for the rest.
     training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(batch_size=128, learning_rate=3e-4, ema_decay=0.999, warmup_steps=500)
+        default_factory=lambda: TrainingConfig(
+            batch_size=128, learning_rate=3e-4, ema_decay=0.999, warmup_steps=500, time_sampling="uniform"
+        )
     )
 
 
@@ -36,7 +38,9 @@ def quick_shape() -> Shape:
         FlowConfig(hidden_dim=192, num_layers=4, num_heads=4),
         autoencoder_steps=600,
         flow_steps=2500,
-        training=TrainingConfig(batch_size=64, learning_rate=1e-3, ema_decay=0.995, warmup_steps=100),
+        training=TrainingConfig(
+            batch_size=64, learning_rate=1e-3, ema_decay=0.995, warmup_steps=100, time_sampling="uniform"
+        ),
     )
 
 
