@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from isonext import __version__
 from isonext.config import ONLY_OF, Config, config_from_dict, config_to_dict, load_config
 from isonext.data.model_folder import BASE as BASE_TENSORS
-from isonext.data.model_folder import CONFIG, NETWORK, WEIGHTS, read_header, read_model, write_model
+from isonext.data.model_folder import CONFIG, NETWORK, TEACHER, WEIGHTS, read_header, read_model, write_model
 from isonext.data.store import LatentSpec, shown, spec_of
 from isonext.errors import UserError, brief, first_line
 from isonext.flow.base import Base
 from isonext.models.dit import DiT
+from isonext.models.flow_map import FlowMap
 from isonext.utils.io import file_sha256, load_data, written_whole
 from isonext.utils.schema import (
     Check,
@@ -40,7 +41,7 @@ from model import IsoNext, VelocityNetwork
 
 FORMAT = 2  # 1 was without base (white noise), store and guard
 BEST = "best.pt"  # of all validations, by the score of training/validation.py
-INTERRUPTED = "stage1_interrupted.pt"  # what Ctrl-C and SIGTERM leave, in the middle of an epoch
+INTERRUPTED = "stage1_interrupted.pt"  # what Ctrl-C and SIGTERM leave, in the middle of an epoch; see `interrupted`
 MOST_TOKENS = 2**16  # of a transformer: more than it could attend to
 
 
@@ -80,8 +81,10 @@ ENTRIES = {  # of a checkpoint, beside config, latents and base, which depend on
         )
     ),
     "version": text(),
+    "teacher": mapped(dense()),
 }
-LATER = {"version": "", "ema_head_start": 0, "run": "", "log": {}, "front": {}}  # what format 2 began without
+# What format 2 began without.
+LATER = {"version": "", "ema_head_start": 0, "run": "", "log": {}, "front": {}, "teacher": {}}
 BASE = {"strength": number(0, 1), "cells": whole(1, 64)} | dict.fromkeys(("mean", "deviation", "layouts"), dense())
 # From which a base once drew its layouts: now `Base.can_sample` says no.
 GONE = ("power", "layout_mean", "layout_factors", "layout_rest")
@@ -106,6 +109,17 @@ class Checkpoint:
     log: dict = dataclasses.field(default_factory=dict)  # what the next line of the log has of the steps before
     front: dict = dataclasses.field(default_factory=dict)  # measured at the end, see `Validation.measure_front`
     version: str = __version__  # of the program that wrote it; "" where that did not say yet
+    teacher: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # stage 1's averaged weights; {} in stage 1
+
+    @property
+    def stage(self) -> int:
+        """1: of the flow; 2: of the map of few steps, which a flow taught."""
+        return 2 if self.teacher else 1
+
+    @property
+    def flow(self) -> dict[str, Tensor]:
+        """The averaged weights of the flow."""
+        return self.teacher or self.ema
 
     @property
     def can_resume(self) -> bool:
@@ -153,13 +167,13 @@ def _tree_of_folder(folder: Path) -> dict:
     """That of the checkpoint it came from, as far as it went along: weights that are the average, and no training."""
     header, tensors = read_model(folder)
     tree, config = header["entries"], config_to_dict(load_config(folder / CONFIG))
-    network, base = (
+    network, base, teacher = (
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-        for kind in (NETWORK, BASE_TENSORS)
+        for kind in (NETWORK, BASE_TENSORS, TEACHER)
     )
-    if len(network) + len(base) != len(tensors) or not isinstance(tree.get("base"), dict):
+    if len(network) + len(base) + len(teacher) != len(tensors) or not isinstance(tree.get("base"), dict):
         raise UserError(f"{folder / WEIGHTS}: damaged (it has no base, or tensors of neither network nor base)")
-    tree |= {"base": tree["base"] | base, "config": config, "model": network, "ema": network}
+    tree |= {"base": tree["base"] | base, "config": config, "model": network, "ema": network, "teacher": teacher}
     return tree | {"format": FORMAT, "store": "", "guard": {}, "optimizer": {"state": {}, "param_groups": []}}
 
 
@@ -168,6 +182,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: str | Path, folder: Path, co
     latents, base = dataclasses.asdict(checkpoint.latents), dataclasses.asdict(checkpoint.base)
     latents["autoencoder"] = config["autoencoder"]["name"]
     tensors = {f"{NETWORK}{name}": tensor for name, tensor in checkpoint.ema.items()}
+    tensors |= {f"{TEACHER}{name}": tensor for name, tensor in checkpoint.teacher.items()}
     tensors |= {f"{BASE_TENSORS}{name}": base.pop(name) for name in ("mean", "deviation", "layouts")}
     entries = {name: getattr(checkpoint, name) for name in ("step", "epoch", "ema_head_start", "front", "version")}
     header = {"checkpoint": checkpoint_digest(path), "entries": entries | {"latents": latents, "base": base}}
@@ -209,17 +224,21 @@ def _check_sizes(checkpoint: Checkpoint, path: str | Path) -> None:
         raise UserError(f"{path}: damaged ({counts})")
     try:
         with torch.device("meta"):
-            own = build_model(config, checkpoint.latents).state_dict()
+            own, teachers = (
+                network_of(config, checkpoint.latents, stage)().state_dict() for stage in (checkpoint.stage, 1)
+            )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except RuntimeError as error:  # sizes whose product nobody can count
         raise UserError(f"{path}: damaged (its config is of no network: {first_line(error)})") from None
     for weights in (checkpoint.ema, checkpoint.model):
         refuse_other_weights(own, weights, path)
+    refuse_other_weights(teachers, checkpoint.flow, path)
 
 
-def network_of(config: Config, spec: LatentSpec) -> Callable[..., VelocityNetwork]:
-    """What makes a config's network, of `recompute`; counts come from the store, and one that disagrees is an error."""
+def network_of(config: Config, spec: LatentSpec, stage: int = 1) -> Callable[..., VelocityNetwork]:
+    """What makes a config's network of a stage, of `recompute`; counts come from the store, and one that disagrees is
+    an error."""
     others = [name for kind, names in ONLY_OF.items() if kind != config.model.type for name in names]
     options = {name: value for name, value in dataclasses.asdict(config.model).items() if name not in others}
     counted = {"latent_channels": spec.channels, "num_styles": len(spec.styles)}
@@ -229,7 +248,9 @@ def network_of(config: Config, spec: LatentSpec) -> Callable[..., VelocityNetwor
     if config.data.num_classes not in (None, len(spec.styles)):
         raise UserError(f"data.num_classes = {config.data.num_classes}, but the latents have {len(spec.styles)} styles")
     if options.pop("type") == "isonext":
-        return functools.partial(IsoNext, **options | counted)
+        return functools.partial(IsoNext if stage == 1 else FlowMap, **options | counted)
+    if stage == 2:
+        raise UserError("stage 2 is for model.type isonext; a dit has no map of few steps")
     patch = config.model.patch_size
     if any(side % patch for side in spec.space):
         raise UserError(f"model.patch_size = {patch} must divide the latents' {shown(spec.space)} cells")
@@ -247,9 +268,19 @@ def build_model(config: Config, spec: LatentSpec) -> VelocityNetwork:
 
 
 def load_model(checkpoint: Checkpoint, path: str | Path, device: torch.device) -> VelocityNetwork:
-    """The averaged network of a checkpoint, ready for transfers."""
+    """The averaged network of the flow, ready for transfers; of stage 2, that of its teacher."""
     model = build_model(checkpoint.config, checkpoint.latents)
+    load_weights(model, checkpoint.flow, path)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_map(checkpoint: Checkpoint, path: str | Path, device: torch.device) -> FlowMap | None:
+    """The averaged network of stage 2, ready for transfers; None where the checkpoint is of stage 1."""
+    if checkpoint.stage == 1:
+        return None
+    model = network_of(checkpoint.config, checkpoint.latents, 2)()
     load_weights(model, checkpoint.ema, path)
+    assert isinstance(model, FlowMap)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -268,21 +299,26 @@ def refuse_other_weights(own: dict[str, Tensor], weights: dict[str, Tensor], pat
         raise UserError(f"{path}: {len(wrong)} weights missing, extra or of another shape: {shown}")
 
 
-def epoch_checkpoints(folder: Path) -> list[Path]:
-    """stage1_epoch{N}.pt by rising N."""
-    numbered = [path for path in folder.glob("stage1_epoch*.pt") if re.fullmatch(r"stage1_epoch\d+\.pt", path.name)]
-    return sorted(numbered, key=epoch_of)
+def interrupted(stage: int) -> str:
+    """The name of `INTERRUPTED` in a stage."""
+    return INTERRUPTED.replace("1", str(stage))
+
+
+def epoch_checkpoints(folder: Path, stage: int = 1) -> list[Path]:
+    """stage1_epoch{N}.pt by rising N, or those of stage 2."""
+    names = re.compile(rf"stage{stage}_epoch\d+\.pt")
+    return sorted((path for path in folder.glob("*.pt") if names.fullmatch(path.name)), key=epoch_of)
 
 
 def epoch_of(path: Path) -> int:
-    """N of a stage1_epoch{N}.pt."""
-    return int(path.stem.removeprefix("stage1_epoch"))
+    """N of a stage1_epoch{N}.pt, or of a stage2_epoch{N}.pt."""
+    return int(path.stem.partition("_epoch")[2])
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
+def newest_checkpoint(folder: Path, stage: int = 1) -> tuple[Path, Checkpoint] | None:
     """The checkpoint with the most steps; None where there is none. Damaged ones are passed over, unless all are."""
-    best = None
-    paths = [path for path in (folder / INTERRUPTED, *reversed(epoch_checkpoints(folder))) if path.exists()]
+    best, left = None, folder / interrupted(stage)
+    paths = [path for path in (left, *reversed(epoch_checkpoints(folder, stage))) if path.exists()]
     for path in paths:
         try:
             found = load_checkpoint(path)
@@ -291,7 +327,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint] | None:
             continue
         if best is None or found.step > best[1].step:
             best = (path, found)
-        if path.name != INTERRUPTED:  # older ones have fewer steps
+        if path != left:  # older ones have fewer steps
             break
     if paths and best is None:
         raise UserError(f"{folder}: none of its {len(paths)} checkpoints can be read; use another checkpoint.save_dir")

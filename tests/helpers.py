@@ -156,6 +156,26 @@ def call_within(folder: Path, name: str, *arguments: str) -> tuple[int, str, str
     return ended.value.code, out.getvalue(), err.getvalue()
 
 
+def second_stage(path: Path, new: Path) -> Path:
+    """A checkpoint of stage 2 beside one of stage 1, which is its teacher: a map of random weights, none of them 0."""
+    import torch
+
+    from isonext.checkpoint import load_checkpoint, network_of
+
+    first = load_checkpoint(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = network_of(first.config, first.latents, 2)()
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    first.teacher, weights = first.ema, network.state_dict()
+    first.model = first.ema = weights
+    first.optimizer = {"state": {}, "param_groups": []}
+    first.config.inference.method, first.config.inference.num_steps = "map", 1
+    first.save(new)
+    return new
+
+
 LAUNCHERS = {  # each with a port of its own, since other tests may be under way
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
     "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),

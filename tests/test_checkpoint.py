@@ -3,15 +3,20 @@ import dataclasses
 import pytest
 import torch
 
+from helpers import second_stage
 from isonext import __version__
 from isonext.checkpoint import (
     INTERRUPTED,
     Checkpoint,
     build_model,
     epoch_checkpoints,
+    epoch_of,
+    interrupted,
     load_checkpoint,
+    load_map,
     load_model,
     load_weights,
+    network_of,
     newest_checkpoint,
 )
 from isonext.data.store import LatentSpec
@@ -279,3 +284,54 @@ def test_a_folder_of_damaged_checkpoints_is_no_fresh_start(tmp_path):
     (tmp_path / "stage1_epoch3.pt").write_bytes(b"cut")
     with pytest.raises(UserError, match="none of its 1 checkpoints can be read"):
         newest_checkpoint(tmp_path)
+
+
+#################################################################################
+#                                    Stage 2                                    #
+#################################################################################
+
+
+@pytest.fixture
+def second(checkpoint, tmp_path):
+    """A checkpoint of stage 2, and its path."""
+    checkpoint.save(tmp_path / "stage1_epoch3.pt")
+    path = second_stage(tmp_path / "stage1_epoch3.pt", tmp_path / "stage2_epoch1.pt")
+    return load_checkpoint(path), path
+
+
+def test_a_checkpoint_of_stage_2_holds_its_teacher_and_a_map(checkpoint, second, cpu):
+    two, path = second
+    assert (checkpoint.stage, two.stage) == (1, 2)
+    assert_same(two.teacher, checkpoint.ema)
+    assert_same(load_model(two, path, cpu).state_dict(), checkpoint.ema)
+    assert_same(load_map(two, path, cpu).state_dict(), two.ema)
+    assert load_map(checkpoint, path, cpu) is None
+    assert not two.can_resume and checkpoint.can_resume  # as the helper made it
+
+
+def test_the_weights_of_both_networks_of_stage_2_are_checked(second, tmp_path):
+    two, _ = second
+    lacking = {name: value for name, value in two.teacher.items() if name != "head.bias"}
+    dataclasses.replace(two, teacher=lacking).save(tmp_path / "a.pt")
+    dataclasses.replace(two, ema=two.teacher).save(tmp_path / "b.pt")
+    dataclasses.replace(two, teacher={}).save(tmp_path / "c.pt")
+    for name, missing in (("a", "head.bias"), ("b", "guidance.weight"), ("c", "guidance.weight")):
+        with pytest.raises(UserError, match=missing):
+            load_checkpoint(tmp_path / f"{name}.pt")
+
+
+def test_a_dit_has_no_second_stage(make_config, tmp_path):
+    config = make_config(tmp_path)
+    config.model = dataclasses.replace(config.model, type="dit", num_heads=2, patch_size=2)
+    with pytest.raises(UserError, match=r"stage 2 is for model\.type isonext"):
+        network_of(config, SPEC, 2)
+
+
+def test_each_stage_has_files_and_a_newest_of_its_own(second, checkpoint, tmp_path):
+    two, path = second
+    dataclasses.replace(two, step=8).save(tmp_path / interrupted(2))
+    assert interrupted(2) == "stage2_interrupted.pt" and interrupted(1) == INTERRUPTED
+    assert [found.name for found in epoch_checkpoints(tmp_path)] == ["stage1_epoch3.pt"]
+    assert epoch_checkpoints(tmp_path, 2) == [path] and epoch_of(path) == 1
+    assert newest_checkpoint(tmp_path, 2)[0].name == "stage2_interrupted.pt"
+    assert newest_checkpoint(tmp_path)[0].name == "stage1_epoch3.pt"

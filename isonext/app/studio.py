@@ -30,6 +30,7 @@ from isonext.data.deep_png import save_deep
 from isonext.data.store import fingerprint
 from isonext.errors import UserError, first_line, is_out_of_memory
 from isonext.flow.certificate import digest, likely_cause
+from isonext.flow.transfer import EXACT
 from isonext.inference.inputs import Batch, Job
 from isonext.inference.jobs import generate_targets, original_of, restored_line, transfer_batch
 from isonext.inference.options import (
@@ -183,7 +184,7 @@ class Studio:
 
     def _plan(self, loaded: Loaded, order: Order, output: Path) -> Plan:
         method = order.flags.get("method", loaded.trained["inference"]["method"])
-        exact, one = order.certify and method == "alf", order.target != "all"
+        exact, one = order.certify and method in EXACT, order.target != "all"
         if not one and len(loaded.styles) > MOST_SAMPLES:
             raise UserError(
                 f"{len(loaded.styles)} styles: at most {MOST_SAMPLES} at once here; inference.py makes more"
@@ -266,10 +267,10 @@ class Studio:
         output = self._new_folder() / f"{_stem(file)}.png"
         options = RestyleOptions(
             *(self._network(loaded.path), SettingsOptions(flags=flags), TargetOptions(target)),
-            *(Path(file.name), output, structure.settings.method == "alf"),
+            *(Path(file.name), output, structure.settings.method in EXACT),
         )
         plan = plan_restyle_with(loaded.pipeline, loaded.trained, options, structure)
-        transfers = generate_targets(structure, plan)
+        _, transfers = generate_targets(structure, plan)
         pixels = [loaded.pipeline.decode(transfer.latents, *structure.size)[0].cpu() for transfer in transfers]
         nfe = sum(transfer.nfe for transfer in transfers)
         return Outcome(None, self._save(pixels, plan, output, deep), _lines(plan, Report()), nfe=nfe)

@@ -1,6 +1,7 @@
 """A model to give away, as a folder of data: what export.py writes, and load_checkpoint reads.
 
-model.safetensors   network.<weight> (the averaged ones) and base.<tensor>; as JSON in its metadata, what they are
+model.safetensors   network.<weight> (the averaged ones), base.<tensor>, of stage 2 teacher.<weight>; as JSON in its
+                    metadata, what they are
 config.json         the sections of the config that a transfer needs, which a receiver may edit
 README.md           the model card, which nothing reads
 """
@@ -21,7 +22,7 @@ from isonext.utils.schema import Mismatch, mapped, record, text, whole
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1
-NETWORK, BASE = "network.", "base."  # in front of the tensors' names
+NETWORK, BASE, TEACHER = "network.", "base.", "teacher."  # in front of the tensors' names
 HEADER = record(format=whole(), checkpoint=text(longest=64), entries=mapped(lambda value, where: value))
 
 

@@ -135,30 +135,29 @@ def restyle_structure(options: RestyleOptions) -> int:
     images.refuse_unwritable(job.output, structure.size[::-1])
     plan = plan_restyle(options, structure)
     started = time.perf_counter()
-    transfers = generate_targets(structure, plan)
+    inverted, transfers = generate_targets(structure, plan)
     results = [plan.pipeline.decode(transfer.latents, *structure.size)[0].cpu() for transfer in transfers]
     save_results(job, None, results, plan)
     seconds = time.perf_counter() - started
     print_plan(plan)
-    report = Report(1, sum(transfer.nfe for transfer in transfers))
-    print_report(report, plan, seconds, " without inverting again")
+    report = Report(1, inverted.nfe + sum(transfer.nfe - inverted.nfe for transfer in transfers))
+    print_report(report, plan, seconds, " by way of the picture" if inverted.nfe else " without inverting again")
     print(f"written to {options.output}")
     return certificate_status(plan, 0)
 
 
-def generate_targets(structure: Structure, plan: Plan) -> list[Transfer]:
-    """A kept structure in every target style, one transfer each; certified where that was asked for."""
+def generate_targets(structure: Structure, plan: Plan) -> tuple[Inverted, list[Transfer]]:
+    """A kept structure, and its transfers, one a target style; certified where that was asked for."""
     pipeline, source, settings = plan.pipeline, plan.source, plan.settings
-    state = move(structure.state, pipeline.device)
     with deterministic(pipeline.device, plan.certificate is not None):
-        inverted = Inverted(state, 0)
+        inverted = where_transfers_begin(structure, pipeline)
         transfers = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
         for transfer, target in zip(transfers, plan.targets, strict=True):
             if plan.certificate:
                 back = pipeline.undo(transfer, source, target.style, settings)[0]
-                plan.certificate.compare(state, back)
+                plan.certificate.compare(inverted.state, back)
                 plan.certificate.weigh(transfer.start, transfer.end)
-    return transfers
+    return inverted, transfers
 
 
 def restore_picture(options: RestoreOptions) -> int:
@@ -182,15 +181,28 @@ def original_of(structure: Structure, pipeline: Pipeline, path: Path) -> Lattice
     """The picture of the structure file at `path`; it is the original where it has that one's digest."""
     refuse_other_bits(structure, pipeline, path)
     refuse_other_shape(structure, pipeline, path)
-    source = pipeline.spec.style_id(structure.source)
     with deterministic(pipeline.device):
-        picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings)
+        return restored(structure, pipeline)
+
+
+def restored(structure: Structure, pipeline: Pipeline) -> LatticeState:
+    """The picture that a structure came from."""
+    source = pipeline.spec.style_id(structure.source)
+    target = pipeline.spec.style_id(structure.target) if structure.settings.method == "map" else source
+    picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings, target)
     assert isinstance(picture, LatticeState)  # as the structure is one
     return picture
 
 
 def restored_line(picture: LatticeState) -> str:
     return f"certificate: exact (0 of {picture.position.numel()} elements differ), sha256 {digest(picture)}"
+
+
+def where_transfers_begin(structure: Structure, pipeline: Pipeline) -> Inverted:
+    """At the structure; for map, at the picture, which its two evaluations a step lead back to."""
+    if structure.settings.method == "map":
+        return Inverted(restored(structure, pipeline), 2 * structure.settings.num_steps)
+    return Inverted(move(structure.state, pipeline.device), 0)
 
 
 def move(state: LatticeState, device: torch.device) -> LatticeState:
@@ -261,9 +273,10 @@ def transfer_batch(batch: Batch, plan: Plan, report: Report) -> list[Transfer]:
 
 def describe_structure(batch: Batch, plan: Plan, transfer: Transfer, settings: TransferSettings) -> Structure:
     """What the structure file of a picture on its way to its one target says."""
-    assert isinstance(transfer.start, LatticeState)  # of alf, which alone may be asked for it
+    state = transfer.end if settings.method == "map" else transfer.start
+    assert isinstance(state, LatticeState)  # of an exact method, which alone may be asked for it
     return Structure(
-        state=transfer.start,
+        state=state,
         source=plan.pipeline.spec.styles[plan.source],
         target=plan.targets[0].title,
         settings=settings,
@@ -290,10 +303,10 @@ def find_strength(batch: Batch, plan: Plan, target: Target, report: Report) -> t
     transfer, cut, tried = pipeline.keep_structure(
         batch.latents, plan.source, target.style, plan.settings, score, floor
     )
-    reached = dict(tried)[1 - cut.grid[0]]
+    reached = dict(tried)[cut.reached]
     trials = ", ".join(f"{strength:.2f}: {value:.3f}" for strength, value in sorted(tried))
     report.notes.append(
-        f"{batch.jobs[0].source} as {target.title}: strength {1 - cut.grid[0]:.2f} keeps structure {reached:.3f} "
+        f"{batch.jobs[0].source} as {target.title}: strength {cut.reached:.2f} keeps structure {reached:.3f} "
         f"(tried {trials})"
     )
     return transfer, cut

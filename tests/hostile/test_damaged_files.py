@@ -93,7 +93,7 @@ def matters(part: str, rest: tuple) -> bool:
 
 
 PARTS = ("config", "latents", "base", "store", "guard", "step", "epoch", "model", "ema", "optimizer", "ema_head_start",
-         "run", "log", "front", "version", "format")  # fmt: skip
+         "run", "log", "front", "version", "teacher", "format")  # fmt: skip
 
 
 @pytest.mark.parametrize("part", PARTS)
