@@ -64,6 +64,9 @@ class TrainingConfig:
     )
     learning_rate: float = key(1e-4, "AdamW's peak rate; small models (D 128) take 1e-3 to 4e-3", 0, 1000)
     stage1_epochs: int = key(200, "passes over the training pictures; with balance equal, as many draws", 1)
+    stage2_epochs: int = key(40, "the same in stage 2, over the teacher's pairs", 1)
+    stage2_pairs: int = key(4096, "transfers by stage 1, made at the start, that stage 2 learns from", 1, 10**6)
+    stage2_scales: tuple[float, float] = key((1.0, 4.0), "cfg_scale of those pairs: stage 2 knows no other", 1, 100)
     balance: str = key(
         "natural",
         "natural draws every picture once an epoch; equal draws every style as often, its pictures in turn",
@@ -316,7 +319,7 @@ def _describe(hint: Any, spec: types.MappingProxyType) -> str:
 
 def _check_together(config: Config, where: str) -> None:
     """What no single key can tell."""
-    model, low_high = config.model, config.inference.cfg_interval
+    model, low_high, scales = config.model, config.inference.cfg_interval, config.training.stage2_scales
     for kind, names in ONLY_OF.items():
         for name in names if kind != model.type else ():
             if getattr(model, name) != ModelConfig.__dataclass_fields__[name].default:
@@ -331,6 +334,8 @@ def _check_together(config: Config, where: str) -> None:
         raise UserError(f"{where}: model.time_dim = {model.time_dim}: must be even")
     if low_high[0] > low_high[1]:
         raise UserError(f"{where}: inference.cfg_interval = {list(low_high)}: its start lies behind its end")
+    if scales[0] > scales[1]:
+        raise UserError(f"{where}: training.stage2_scales = {list(scales)}: the first is larger than the second")
 
 
 def _divides(where: str, model: ModelConfig, name: str, unit: int = 1) -> None:
