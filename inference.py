@@ -103,7 +103,7 @@ def number_or_auto(text: str) -> float | str:
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Transfer pictures from one style to another. Defaults come from the checkpoint's config.")
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a stage1_epoch*.pt of train.py, or a folder of export.py")
+    add("--checkpoint", required=True, help="a stage1_*.pt or stage2_*.pt of train.py, or a folder of export.py")
     add("--input", type=Path, help="a picture, a .pt of the latent store, or a folder")
     add("--output", required=True, type=Path, help="a picture file, or a folder for a folder")
     add("--source_style", help="id or name of the input's style")
@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--interpolate", nargs=2, metavar=("A", "B"), help="instead: frames on the way from style A to style B")
     add("--frames", type=int, default=9, help="of --interpolate, both ends included")
     add("--config", help="take the inference section from this config, not from the checkpoint")
-    add("--method", choices=allowed("method"), help="alf is reversible bit for bit; flowedit does without an inversion")
+    add("--method", choices=allowed("method"), help="alf and map (stage 2) are exact; flowedit has no inversion")
     add("--num_steps", type=int, help="solver steps a leg")
     add("--time_grid", choices=allowed("time_grid"), help="cosine is finer towards both ends")
     add("--time_shift", type=float, help="above 1 finer towards the picture, below 1 towards structure")

@@ -16,9 +16,10 @@ from isonext.inference.options import NetworkOptions, SampleOptions, SettingsOpt
 from isonext.utils.cli import add_device_flags, new_parser, run
 
 OF_A_TRANSFER = ("guidance", "inversion", "tolerance", "noise_samples")  # keys that are no flags of this command
+OF_PICTURES = ("flowedit", "map")  # methods that need one to begin with
 FLAGS = tuple(name for name in SETTINGS if name not in OF_A_TRANSFER)
 METHODS = tuple(
-    name for name in InferenceConfig.__dataclass_fields__["method"].metadata["choices"] if name != "flowedit"
+    name for name in InferenceConfig.__dataclass_fields__["method"].metadata["choices"] if name not in OF_PICTURES
 )
 
 

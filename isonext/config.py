@@ -133,8 +133,8 @@ class CheckpointConfig:
 class InferenceConfig:
     method: str = key(
         "alf",
-        "alf is reversible bit for bit; flowedit does without an inversion",
-        choices=("alf", "euler", "midpoint", "heun", "rk4", "flowedit"),
+        "alf is reversible bit for bit; flowedit does without an inversion; map, of stage 2, is exact in a few steps",
+        choices=("alf", "euler", "midpoint", "heun", "rk4", "flowedit", "map"),
     )
     num_steps: int = key(20, "solver steps a leg", 1, 10000)
     time_grid: str = key("uniform", "cosine is finer towards both ends", choices=("uniform", "cosine"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isonext.checkpoint import load_checkpoint, load_model
+from isonext.checkpoint import load_checkpoint, load_map, load_model
 from isonext.config import Config, InferenceConfig
 from isonext.data.autoencoder import Autoencoder, DctCodec, load_autoencoder, tiled
 from isonext.data.images import pad_to_multiple
@@ -23,7 +23,8 @@ from isonext.errors import UserError, first_line, is_out_of_memory
 from isonext.flow import transfer
 from isonext.flow.base import Base
 from isonext.flow.solvers import LatticeState
-from isonext.flow.transfer import Inverted, State, Transfer, TransferSettings
+from isonext.flow.transfer import EXACT, Inverted, State, Transfer, TransferSettings
+from isonext.models.flow_map import FlowMap, Pair
 from isonext.utils.device import allow_tf32, autocast, has_bf16
 from model import VelocityNetwork
 
@@ -43,6 +44,8 @@ class Pipeline:
     compiled: bool = False
     front: dict = field(default_factory=dict)  # what the checkpoint knows of guidance's scales
     tile: int | None = None  # pixels: larger pictures go through the autoencoder in tiles of this side
+    map: FlowMap | None = None  # of stage 2, whose teacher `model` then is
+    scales: tuple[float, float] = (1.0, 1.0)  # of guidance, that the map has learnt
 
     @property
     def null_style(self) -> int:
@@ -55,20 +58,52 @@ class Pipeline:
         return self.base.x0(noise, x1, style)
 
     def __call__(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
-        """The network as `flow.Field` wants it. One memory layout always: another would choose other kernels, and
-        those other bits. Where torch.compile turns out not to work: a warning, and on without it."""
+        """The flow's network, as `guidance.GuidedField` wants it."""
+        return self._run(self.model, x, t, style)
+
+    def map_velocity(self, x: Tensor, t: Tensor, source: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+        """Stage 2's network, as `guidance.MapField` wants it."""
+        return self._run(self.trained_map, x, t, Pair(source, target, scale))
+
+    def map_embed(self, style: Tensor) -> Tensor:
+        return self.trained_map.embed(style)
+
+    def check_settings(self, settings: TransferSettings) -> None:
+        """UserError where the method is map, and there is none, or none of such a scale."""
+        low, high = self.scales
+        if settings.method == "map" and self.trained_map and not low <= settings.cfg_scale <= high:
+            raise UserError(
+                f"cfg_scale {settings.cfg_scale:g}: the map of {self.path} has learnt scales from {low:g} to {high:g}; "
+                "give one of those, or --method alf"
+            )
+
+    @property
+    def trained_map(self) -> FlowMap:
+        """UserError where there is none."""
+        if self.map is None:
+            raise UserError(f"method map: {self.path} is of stage 1; give a checkpoint of stage 2, or another method")
+        return self.map
+
+    def _run(self, network: VelocityNetwork, x: Tensor, t: Tensor, style: Tensor | Pair) -> Tensor:
+        """One memory layout always: another would choose other kernels, and those other bits. Where torch.compile turns
+        out not to work: a warning, and on without it."""
         inputs = x.contiguous(memory_format=torch.channels_last), t, style
         with autocast(self.device, self.bf16):
             try:
-                return self.model(*inputs)
+                return network(*inputs)
             except Exception as error:  # no compiler, an unsupported platform: many types, one answer
                 if is_out_of_memory(error) or not self.compiled:
                     raise
                 self.compiled = False
-                self.model.uncompile()
+                for each in self._networks:
+                    each.uncompile()
                 reason = first_line(error)
                 print(f"warning: torch.compile does not work here ({reason}); going on without it", file=sys.stderr)
-                return self.model(*inputs)
+                return network(*inputs)
+
+    @property
+    def _networks(self) -> list[VelocityNetwork]:
+        return [self.model] if self.map is None else [self.model, self.map]
 
     @contextlib.contextmanager
     def _fit_for(self, settings: TransferSettings) -> Iterator[None]:
@@ -86,7 +121,8 @@ class Pipeline:
     def compile(self) -> None:
         """torch.compile at the next call: one graph for all steps of a leg, once for each size of batch and latent."""
         torch._dynamo.config.recompile_limit = GRAPHS
-        self.model.compile(dynamic=False)
+        for network in self._networks:
+            network.compile(dynamic=False)
         self.compiled = True
 
     @contextlib.contextmanager
@@ -176,10 +212,12 @@ class Pipeline:
         with self._fit_for(settings):
             return transfer.undo(self, done, *self._styles(len(done.latents), source, target), settings)[:2]
 
-    def restore(self, structure: State, source: Style, settings: TransferSettings) -> State:
-        """The picture of a structure of style `source`, by running its inversion backwards."""
+    def restore(self, structure: State, source: Style, settings: TransferSettings, target: Style) -> State:
+        """The picture of a structure of style `source`, by running its inversion backwards; for map, of the end of a
+        transfer to `target`."""
         with self._fit_for(settings):
-            return transfer.restore(self, structure, self._style(_count(structure), source), settings)
+            styles = self._styles(_count(structure), source, target)
+            return transfer.restore(self, structure, styles[0], settings, styles[1])
 
     def keep_structure(
         self,
@@ -195,9 +233,11 @@ class Pipeline:
             styles = self._styles(1, source, target)
             return transfer.keep_structure(self, latents.to(self.device), *styles, settings, score, floor)
 
-    def between(self, a: int, b: int, share: float) -> Tensor:
-        """The embedding (1, style_dim) at `share` of the way from style a to style b, both ends hit exactly."""
-        ends = self.embed(torch.tensor([a, b], device=self.device))
+    def between(self, a: int, b: int, share: float, method: str) -> Tensor:
+        """The embedding (1, style_dim) at `share` of the way from style a to style b, both ends hit exactly; of the
+        network of the method."""
+        embed = self.map_embed if method == "map" else self.embed
+        ends = embed(torch.tensor([a, b], device=self.device))
         return torch.lerp(ends[:1], ends[1:], share)
 
     def _style(self, count: int, style: Style) -> Tensor:
@@ -247,6 +287,9 @@ def load_pipeline(path: str | Path, device: torch.device, autoencoder: str | Non
     model = load_model(checkpoint, path, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks memory_format
     bf16 = checkpoint.config.training.use_amp and has_bf16(device)
     pipeline = Pipeline(model, codec, spec, device, bf16, Path(path), checkpoint.base, front=checkpoint.front)
+    if (few_steps := load_map(checkpoint, path, device)) is not None:
+        pipeline.scales = checkpoint.config.training.stage2_scales
+        pipeline.map = few_steps.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as above
     return pipeline, checkpoint.config
 
 
@@ -256,8 +299,8 @@ def transfer_settings(
     seed: int = 0,
     front: dict | None = None,  # of the checkpoint, which says what a scale of auto is; None: there can be none
 ) -> TransferSettings:
-    if config.inversion == "fixed_point" and config.method in ("alf", "flowedit"):
-        why = "is exactly reversible already" if config.method == "alf" else "has no inversion"
+    if config.inversion == "fixed_point" and config.method in (*EXACT, "flowedit"):
+        why = "is exactly reversible already" if config.method in EXACT else "has no inversion"
         raise UserError(
             f"inversion fixed_point is for the methods euler, midpoint, heun and rk4; {config.method} {why}"
         )

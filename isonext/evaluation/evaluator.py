@@ -259,7 +259,8 @@ class Evaluator:
     def _transfer(
         self, pipeline: Pipeline, settings: TransferSettings, source: str, targets: list[str], quick: bool, bar: tqdm
     ) -> tuple[dict[str, _Transfers], Tensor | None]:
-        """All test pictures of a style to every target, and their structures x0 (N, C, h, w), None for flowedit.
+        """All test pictures of a style to every target, and their structures x0 (N, C, h, w), None for flowedit
+        and map.
 
         A batch is inverted once for all targets.
         """
@@ -268,7 +269,7 @@ class Evaluator:
         for batch in batches:
             x1 = batch.to(pipeline.device)
             inverted = None if settings.method == "flowedit" else pipeline.invert(x1, a, settings)
-            if inverted:
+            if inverted and settings.method != "map":  # whose structure is the picture
                 structures.append(latents_of(inverted.state).cpu())
             for target, transferred in transfers.items():
                 b = self.styles.index(target)

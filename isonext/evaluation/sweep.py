@@ -64,6 +64,7 @@ def load_runs(options: EvaluateOptions) -> list[Run]:
             tree = apply_overrides(config_to_dict(trained), combination.overrides)
             config = config_from_dict(tree, where="settings")
             settings = transfer_settings(config.inference, combination.strength, front=pipeline.front)
+            pipeline.check_settings(settings)
             if config.inference.cfg_scale == "auto":
                 print(f"{path}: {front_line(pipeline.front)}")
             runs.append(Run(path, pipeline, settings, config))

@@ -6,6 +6,7 @@ from typing import Any
 from isonext.checkpoint import Checkpoint, export_checkpoint, load_checkpoint
 from isonext.config import apply_overrides, config_from_dict, config_to_dict
 from isonext.data.model_folder import CARD, CONFIG, WEIGHTS
+from isonext.errors import UserError
 from isonext.export.card import Card, draw_samples
 from isonext.export.options import ExportOptions
 from isonext.utils.distributed import refuse_several
@@ -20,6 +21,10 @@ def export(options: ExportOptions) -> int:
 
         onnx_files.check_packages(options.opset)
     checkpoint, status = load_checkpoint(options.checkpoint), 0
+    if checkpoint.stage == 2 and options.format == "onnx":
+        raise UserError(
+            f"{options.checkpoint}: is of stage 2, which --format onnx does not know; leave that out, or give stage 1's"
+        )
     config = config_to_share(checkpoint, options.overrides)
     with folder_written_whole(options.output) as folder:
         card = Card(options, checkpoint, config)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from isonext.flow.solvers import LATTICE, LatticeState
-from isonext.flow.transfer import State, TransferSettings
+from isonext.flow.transfer import EXACT, State, TransferSettings
 
 
 class Certificate:
     """Compares where a transfer started with where its way back ended, as integers, over any number of pictures.
 
-    The way back of alf needs the defects that its legs ended with: what they weigh is told beside the verdict.
+    The way back of alf and of map needs the defects that legs ended with: what they weigh is told beside the verdict.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Certificate:
 def likely_cause(settings: TransferSettings) -> str:
     if settings.inversion == "fixed_point":
         return "a fixed point comes back to its tolerance, not to the bit; --method alf does"
-    if settings.method != "alf":
+    if settings.method not in EXACT:
         return f"{settings.method} is not its own inverse; --method alf is"
     return "the network gave other bits for the same input: kernels that are not deterministic, or another batch shape"
 

@@ -1,4 +1,4 @@
-"""The field that a leg integrates: the network under one style, guided where asked."""
+"""The field that a leg integrates: the network under one style, guided where asked; or stage 2's, of two styles."""
 
 from typing import Protocol
 
@@ -52,7 +52,7 @@ class GuidedField:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         if self.scale == 1:
             self.nfe += 1
-            return self.model(x, self._times(x, t), self.style).float()
+            return self.model(x, _times(x, t), self.style).float()
         return self._plain_and_guided(x, t)[1]
 
     def change_from(self, before: "GuidedField", x: Tensor, t: float) -> Tensor:
@@ -70,7 +70,7 @@ class GuidedField:
         self.nfe += 2
         twice = torch.cat([x, x])
         assert self.reference is not None  # as the scale is not 1
-        both = self.model(twice, self._times(twice, t), torch.cat([self.style, self.reference]))
+        both = self.model(twice, _times(twice, t), torch.cat([self.style, self.reference]))
         v, v_reference = both.float().chunk(2)
         each = (-1, *[1] * (x.ndim - 1))
         differs = self.style.ne(self.reference).view(len(x), -1).any(1).view(each)
@@ -81,6 +81,31 @@ class GuidedField:
         shrink = torch.where(after > 0, before / after, 1.0)
         return v, guided * (1 + self.rescale * (shrink - 1)).view(each)
 
-    @staticmethod
-    def _times(x: Tensor, t: float) -> Tensor:
-        return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+
+class Map(Protocol):
+    """What a straight leg needs of stage 2's network."""
+
+    def map_velocity(self, x: Tensor, t: Tensor, source: Tensor, target: Tensor, scale: Tensor, /) -> Tensor: ...
+
+    def map_embed(self, style: Tensor) -> Tensor: ...  # ids (B,) -> (B, style_dim)
+
+
+class MapField:
+    """The velocity of stage 2's straight leg from pictures of style `source` (B,) to those of style `target`, ids or
+    embeddings of the map; counts its evaluations. 0 in pictures whose styles are equal: those stay as they are."""
+
+    def __init__(self, model: Map, source: Tensor, target: Tensor, scale: float) -> None:
+        self.model, self.styles = model, (source, target)
+        self.scale = torch.full((len(source),), scale, dtype=torch.float32, device=source.device)
+        equal = (model.map_embed(source) == target).all(1) if target.is_floating_point() else source == target
+        self.moves = ~equal
+        self.nfe = 0  # network evaluations a picture so far
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        self.nfe += 1
+        v = self.model.map_velocity(x, _times(x, t), *self.styles, self.scale).float()
+        return v * self.moves.view(-1, *[1] * (x.ndim - 1))
+
+
+def _times(x: Tensor, t: float) -> Tensor:
+    return torch.full((len(x),), t, dtype=torch.float32, device=x.device)

@@ -259,6 +259,52 @@ def leapfrog_leg(
     return LatticeState(x, defect)
 
 
+def straight_leg(field: VelocityField, state: LatticeState, grid: Sequence[float]) -> LatticeState:
+    """The leg of a map of few steps: two states y and z on the lattice, z = y + defect, that move each other.
+
+        y += R[h v(z, a)];    z += R[h v(y, b)],    h = b - a
+
+    y is the position; it is explicit Euler's but for z in place of y, of first order. An evaluation for the first step,
+    two for each one after it, and one for the defect, where that is asked for. Undone by `straight_leg_back`, whatever
+    v is: an increment depends on the other state alone, and is rounded as a whole.
+    """
+    peaks: list[Tensor] = []
+    y, z = state.position, state.position + state.defect
+    *steps, (a, b) = pairwise(grid)
+    for start, end in steps:
+        y = y + _increment(field, z, start, end - start, peaks)
+        z = z + _increment(field, y, end, end - start, peaks)
+    y = y + _increment(field, z, a, b - a, peaks)
+
+    @torch.inference_mode()
+    def defect() -> Tensor:
+        last: list[Tensor] = []
+        reached = z + _increment(field, y, b, b - a, last)
+        check_finite(last[0])
+        return reached - y
+
+    check_finite(torch.stack(peaks).amax())
+    return LatticeState(y, defect)
+
+
+def straight_leg_back(field: VelocityField, state: LatticeState, grid: Sequence[float]) -> LatticeState:
+    """`straight_leg` undone to the bit: the state that led to `state` on the same grid."""
+    peaks: list[Tensor] = []
+    y, z = state.position, state.position + state.defect
+    for a, b in reversed(list(pairwise(grid))):
+        z = z - _increment(field, y, b, b - a, peaks)
+        y = y - _increment(field, z, a, b - a, peaks)
+    check_finite(torch.stack(peaks).amax())
+    return LatticeState(y, z - y)
+
+
+def _increment(field: VelocityField, points: Tensor, t: float, h: float, peaks: list[Tensor]) -> Tensor:
+    """R[h v] where v is the field at these points of the lattice; `peaks` is given its largest magnitude."""
+    v = field(from_lattice(points), t)
+    peaks.append(v.abs().amax())
+    return _nearest(h * v)
+
+
 def _drift(w: Tensor, half: float) -> Tensor:
     """half * w rounded to the lattice; odd in `half`, which is all that exactness asks of it."""
     return torch.round(half * w.to(torch.float32)).to(torch.int64)

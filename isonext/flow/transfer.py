@@ -1,4 +1,7 @@
-"""The transfer: an inversion leg under the source style, a generation leg under the target style, and the way back."""
+"""The transfer: an inversion leg under the source style, a generation leg under the target style, and the way back.
+
+Or, by stage 2's `map`, one straight leg from the picture to its transfer: its structure is the picture itself.
+"""
 
 import bisect
 from collections.abc import Callable
@@ -9,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from isonext.flow.guidance import GuidedField
+from isonext.flow.guidance import GuidedField, Map, MapField
 from isonext.flow.guidance import Model as Network
 from isonext.flow.solvers import (
     ONE_STEP_METHODS,
@@ -19,17 +22,21 @@ from isonext.flow.solvers import (
     integrate,
     integrate_back,
     leapfrog_leg,
+    straight_leg,
+    straight_leg_back,
     time_grid,
     to_lattice,
     with_times,
 )
 
-METHODS = ("alf", *ONE_STEP_METHODS, "flowedit")
-State = LatticeState | Tensor  # where a leg begins and ends: on the lattice for alf, plain latents for the others
+METHODS = ("alf", *ONE_STEP_METHODS, "flowedit", "map")
+EXACT = ("alf", "map")  # reversible bit for bit
+TRIALS = 16  # strengths among which `keep_structure` of map finds its own
+State = LatticeState | Tensor  # where a leg begins and ends: on the lattice for EXACT, plain latents for the others
 
 
-class Model(Network, Protocol):
-    """A network and where its flow starts; `x0` is for flowedit alone."""
+class Model(Network, Map, Protocol):
+    """The networks and where the flow starts; `x0` is for flowedit alone, and what Map has for map."""
 
     def x0(self, noise: Tensor, x1: Tensor, style: Tensor) -> Tensor: ...
 
@@ -62,9 +69,16 @@ class TransferSettings:
         """The times of the generation leg; the inversion takes them from the end.
 
         Where guidance acts, its ends are times of the grid, at the price of a step each where they were not already: a
-        step across an end would cost every method its order.
+        step across an end would cost every method its order. For map, those of its one leg, from the picture on.
         """
+        if self.method == "map":
+            return time_grid(self.num_steps, 0.0, self.strength)
         return self.times if self.cfg_scale == 1 else with_times(self.times, self.cfg_interval)
+
+    @property
+    def reached(self) -> float:
+        """The strength that is left of `strength` where steps are skipped."""
+        return self.strength if self.method == "map" else 1 - self.grid[0]
 
     def legs(self, model: Model, source: Tensor, target: Tensor) -> tuple["Leg", "Leg"]:
         """The inversion, from the picture to its structure, and the generation leg, from there to the target."""
@@ -141,6 +155,8 @@ def transfer(model: Model, x1: Tensor, source: Tensor, target: Tensor, settings:
 @torch.inference_mode()
 def invert(model: Model, x1: Tensor, source: Tensor, settings: TransferSettings) -> Inverted:
     """The inversion leg: latents (B, C, h, w) of style `source` (B,) to their structure."""
+    if settings.method == "map":
+        return Inverted(_start(x1, settings), 0)
     leg = Leg([(GuidedField(model, source), settings.grid[::-1])])
     state, residual = _run_leg(leg, _start(x1, settings), settings)
     return Inverted(state, leg.nfe, residual)
@@ -153,6 +169,8 @@ def generate(model: Model, inverted: Inverted, source: Tensor, target: Tensor, s
     It starts with a defect of zero, since the inversion's is an error under the source style that would only be added
     to its own; but back to the source style itself it takes it along, and so returns the picture to the bit.
     """
+    if settings.method == "map":
+        return _generate_by_map(model, inverted, source, target, settings)
     leg, start = settings.legs(model, source, target)[1], inverted.state
     begin, nfe = _start_of_generation(model, start, source, target)
     end, _ = _run_leg(leg, begin, settings)
@@ -174,10 +192,13 @@ def undo(
     """A transfer run backwards: the states at its structure and at its picture, and a fixed point's residual (B,).
 
     For alf the first state is `transfer.start` to the bit, the second the picture with a defect of zero. The other
-    methods have no use for `transfer.start`.
+    methods have no use for `transfer.start`. For map, whose structure is the picture, both are that.
     """
     if transfer.end is None:
         raise ValueError("flowedit has no legs, so there is nothing to run backwards")
+    if settings.method == "map":
+        picture = restore(model, transfer.end, source, settings, target)
+        return picture, picture, None
     leg = settings.legs(model, source, target)[1].backwards()
     start, residual = _run_leg(leg, transfer.end, _unclamped(settings))
     if isinstance(start, LatticeState):
@@ -189,8 +210,16 @@ def undo(
 
 
 @torch.inference_mode()
-def restore(model: Model, structure: State, source: Tensor, settings: TransferSettings) -> State:
-    """The inversion leg run backwards: a structure of style `source` (B,) to its picture."""
+def restore(
+    model: Model, structure: State, source: Tensor, settings: TransferSettings, target: Tensor | None = None
+) -> State:
+    """The inversion leg run backwards: a structure of style `source` (B,) to its picture.
+
+    For map, whose structure is the picture already: the end of a transfer to `target` (B,) back to it.
+    """
+    if settings.method == "map":
+        assert isinstance(structure, LatticeState) and target is not None
+        return straight_leg_back(MapField(model, source, target, settings.cfg_scale), structure, settings.grid)
     leg = Leg([(GuidedField(model, source), settings.grid)])
     return _run_leg(leg, structure, _unclamped(settings))[0]
 
@@ -209,13 +238,19 @@ def keep_structure(
 
     Bisection over the points of the grid, for a score that falls with the strength. The inversion is run once and
     its states are kept: a trial costs a generation leg. Where no step may be taken the picture itself is returned.
+    For map, which has no inversion, over shares of its strength.
     """
+    if settings.method == "map":
+        whole = _start(x1, settings)
+
+        def shorter(skip: int) -> tuple[Inverted, TransferSettings]:
+            return Inverted(whole, 0), replace(settings, strength=settings.strength * (TRIALS - skip) / TRIALS)
+
+        return _strongest(TRIALS, shorter, model, source, target, score, floor)
     field, grid, times = GuidedField(model, source), settings.grid, settings.times
     passed: list[Any] = []  # the states after each step
     _run_leg(Leg([(field, grid[::-1])]), _start(x1, settings), settings, passed)
     trail = dict(zip(grid, [*reversed(passed), None], strict=True))  # at each time of the grid
-    transfers: dict[int, Transfer] = {}
-    scores: dict[int, float] = {}
 
     def structure(skip: int) -> Inverted:
         solved, state = settings.inversion == "fixed_point", trail[times[skip]]
@@ -226,19 +261,47 @@ def keep_structure(
             return Inverted(LatticeState(x, lambda: w - to_lattice(field(from_lattice(x), times[skip]))), 0)
         return Inverted(state[0], 0, state[1]) if solved else Inverted(state, 0)
 
-    def passes(skip: int) -> bool:
-        cut = replace(settings, skip=settings.skip + skip)
-        transfers[skip] = generate(model, structure(skip), source, target, cut)
-        scores[skip] = score(transfers[skip].latents)
-        return scores[skip] >= floor
+    def cut(skip: int) -> tuple[Inverted, TransferSettings]:
+        return structure(skip), replace(settings, skip=settings.skip + skip)
 
-    steps = len(times) - 1
+    found, its_settings, tried = _strongest(len(times) - 1, cut, model, source, target, score, floor)
+    return replace(found, nfe=field.nfe + found.nfe), its_settings, tried
+
+
+def _strongest(
+    steps: int,
+    cut: Callable[[int], tuple[Inverted, TransferSettings]],  # where a transfer of `skip` steps less begins
+    model: Model,
+    source: Tensor,
+    target: Tensor,
+    score: Callable[[Tensor], float],
+    floor: float,
+) -> tuple[Transfer, TransferSettings, list[tuple[float, float]]]:
+    """The transfer of the fewest skipped steps that passes, of all trials' evaluations; see `keep_structure`."""
+    trials: dict[int, tuple[Transfer, TransferSettings, float]] = {}
+
+    def passes(skip: int) -> bool:
+        begin, settings = cut(skip)
+        made = generate(model, begin, source, target, settings)
+        trials[skip] = made, settings, score(made.latents)
+        return trials[skip][2] >= floor
+
     skip = bisect.bisect_left(range(steps), True, key=passes)
     if skip == steps:  # nothing passed but the picture itself
         passes(skip)
-    nfe = field.nfe + sum(transfer.nfe for transfer in transfers.values())
-    tried = [(1 - times[skip], score) for skip, score in scores.items()]
-    return replace(transfers[skip], nfe=nfe), replace(settings, skip=settings.skip + skip), tried
+    nfe = sum(made.nfe for made, _, _ in trials.values())
+    found, settings, _ = trials[skip]
+    return replace(found, nfe=nfe), settings, [(settings.reached, score) for _, settings, score in trials.values()]
+
+
+def _generate_by_map(
+    model: Model, inverted: Inverted, source: Tensor, target: Tensor, settings: TransferSettings
+) -> Transfer:
+    """The straight leg from pictures to their transfers."""
+    assert isinstance(inverted.state, LatticeState)
+    field = MapField(model, source, target, settings.cfg_scale)
+    end = straight_leg(field, inverted.state, settings.grid)
+    return Transfer(_finished(end.x, settings), inverted.nfe + field.nfe, inverted.state, end)
 
 
 def _run_leg(
@@ -285,7 +348,7 @@ def _unclamped(settings: TransferSettings) -> TransferSettings:
 
 
 def _start(x: Tensor, settings: TransferSettings) -> State:
-    return LatticeState.at_picture(x) if settings.method == "alf" else x
+    return LatticeState.at_picture(x) if settings.method in EXACT else x
 
 
 def _finished(latents: Tensor, settings: TransferSettings) -> Tensor:

@@ -53,6 +53,7 @@ class FlowStylePipeline:
         flags = {name: value for name, value in asked.items() if value is not None}
         options, pipeline = SettingsOptions(flags=flags, strength=strength), self.pipeline
         settings = resolve_settings(options, self.trained, str(pipeline.path), front=pipeline.front, tell=False)
+        pipeline.check_settings(settings)
         styles = pipeline.spec.style_id(str(source)), pipeline.spec.style_id(str(target))
         if isinstance(picture, Image.Image):
             path, rgb = Path("the picture"), images.convert_picture(picture)

@@ -42,6 +42,7 @@ from isonext.inference.structure_file import (
     refuse_other_shape,
     save_structure,
 )
+from isonext.pipeline import Pipeline
 from isonext.utils import distributed
 from isonext.utils.device import deterministic
 from isonext.utils.io import check_output, in_background
@@ -136,22 +137,21 @@ def restyle_structure(options: RestyleOptions) -> int:
     refuse_other_bits(structure, plan.pipeline, options.structure, ("checkpoint", "autoencoder"))
     refuse_other_shape(structure, plan.pipeline, options.structure)
     pipeline, source, settings = plan.pipeline, plan.source, plan.settings
-    state = move(structure.state, pipeline.device)
     started = time.perf_counter()
     with deterministic(pipeline.device, options.certify):
-        inverted = Inverted(state, 0)
+        inverted = where_transfers_begin(structure, pipeline)
         transfers = [pipeline.generate(inverted, source, target.style, settings) for target in plan.targets]
         for transfer, target in zip(transfers, plan.targets, strict=True):
             if plan.certificate:
                 back = pipeline.undo(transfer, source, target.style, settings)[0]
-                plan.certificate.compare(state, back)
+                plan.certificate.compare(inverted.state, back)
                 plan.certificate.weigh(transfer.start, transfer.end)
     results = [pipeline.decode(transfer.latents, *structure.size)[0].cpu() for transfer in transfers]
     save_results(job, None, results, plan)
     seconds = time.perf_counter() - started
     print_plan(plan)
-    report = Report(1, sum(transfer.nfe for transfer in transfers))
-    print_report(report, plan, seconds, " without inverting again")
+    report = Report(1, inverted.nfe + sum(transfer.nfe - inverted.nfe for transfer in transfers))
+    print_report(report, plan, seconds, " by way of the picture" if inverted.nfe else " without inverting again")
     print(f"written to {options.output}")
     return certificate_status(plan, 0)
 
@@ -164,10 +164,8 @@ def restore_picture(options: RestoreOptions) -> int:
     pipeline, _ = open_pipeline(options.network, structure)
     refuse_other_bits(structure, pipeline, options.structure)
     refuse_other_shape(structure, pipeline, options.structure)
-    source = pipeline.spec.style_id(structure.source)
     with deterministic(pipeline.device):
-        picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings)
-        assert isinstance(picture, LatticeState)  # as the structure is one
+        picture = restored(structure, pipeline)
     if digest(picture) != structure.original:
         print(f"certificate: NOT exact: other latents than the original's; {likely_cause(structure.settings)}")
         print("nothing was written")
@@ -176,6 +174,22 @@ def restore_picture(options: RestoreOptions) -> int:
     print(f"{structure.source}: back at the original's latents, written to {output}")
     print(f"certificate: exact (0 of {picture.position.numel()} elements differ), sha256 {digest(picture)}")
     return 0
+
+
+def restored(structure: Structure, pipeline: Pipeline) -> LatticeState:
+    """The picture that a structure came from."""
+    source = pipeline.spec.style_id(structure.source)
+    target = pipeline.spec.style_id(structure.target) if structure.settings.method == "map" else source
+    picture = pipeline.restore(move(structure.state, pipeline.device), source, structure.settings, target)
+    assert isinstance(picture, LatticeState)  # as the structure is one
+    return picture
+
+
+def where_transfers_begin(structure: Structure, pipeline: Pipeline) -> Inverted:
+    """At the structure; for map, at the picture, which its two evaluations a step lead back to."""
+    if structure.settings.method == "map":
+        return Inverted(restored(structure, pipeline), 2 * structure.settings.num_steps)
+    return Inverted(move(structure.state, pipeline.device), 0)
 
 
 def move(state: LatticeState, device: torch.device) -> LatticeState:
@@ -246,9 +260,10 @@ def transfer_batch(batch: Batch, plan: Plan, report: Report) -> list[Transfer]:
 
 def describe_structure(batch: Batch, plan: Plan, transfer: Transfer, settings: TransferSettings) -> Structure:
     """What the structure file of a picture on its way to its one target says."""
-    assert isinstance(transfer.start, LatticeState)  # of alf, which alone may be asked for it
+    state = transfer.end if settings.method == "map" else transfer.start
+    assert isinstance(state, LatticeState)  # of an exact method, which alone may be asked for it
     return Structure(
-        state=transfer.start,
+        state=state,
         source=plan.pipeline.spec.styles[plan.source],
         target=plan.targets[0].title,
         settings=settings,
@@ -275,10 +290,10 @@ def find_strength(batch: Batch, plan: Plan, target: Target, report: Report) -> t
     transfer, cut, tried = pipeline.keep_structure(
         batch.latents, plan.source, target.style, plan.settings, score, floor
     )
-    reached = dict(tried)[1 - cut.grid[0]]
+    reached = dict(tried)[cut.reached]
     trials = ", ".join(f"{strength:.2f}: {value:.3f}" for strength, value in sorted(tried))
     report.notes.append(
-        f"{batch.jobs[0].source} as {target.title}: strength {1 - cut.grid[0]:.2f} keeps structure {reached:.3f} "
+        f"{batch.jobs[0].source} as {target.title}: strength {cut.reached:.2f} keeps structure {reached:.3f} "
         f"(tried {trials})"
     )
     return transfer, cut

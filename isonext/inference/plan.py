@@ -10,7 +10,7 @@ from torch import Tensor
 from isonext.config import OF_THE_LEGS, apply_overrides, config_from_dict, config_to_dict, load_config
 from isonext.errors import UserError
 from isonext.flow.certificate import Certificate
-from isonext.flow.transfer import TransferSettings
+from isonext.flow.transfer import EXACT, TransferSettings
 from isonext.inference.inputs import Compiles, never
 from isonext.inference.options import (
     NetworkOptions,
@@ -67,11 +67,14 @@ def plan_transfer(options: TransferOptions) -> Plan:
     """Everything that can be wrong with the options is found here, before the first picture."""
     pipeline, trained = open_pipeline(options.network)
     settings = resolve_settings(options.settings, trained, options.network.checkpoint, front=pipeline.front)
+    pipeline.check_settings(settings)
     if settings.inversion == "fixed_point" and options.network.precision == "bf16":
         raise UserError("--inversion fixed_point works in float32: BF16 is too coarse to be solved for")
     source = pipeline.spec.style_id(options.source_style)
-    plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings, options.min_structure)
-    evaluations = settings.num_steps * (1 + len(plan.targets))  # a picture, at least
+    plan = Plan(
+        pipeline, source, find_targets(options.targets, pipeline, settings.method), settings, options.min_structure
+    )
+    evaluations = settings.num_steps * (len(plan.targets) + (settings.method != "map"))  # a picture, at least
     plan.compiles = compile_rule(options.network.compile, trained, pipeline, evaluations)
     plan.compare, plan.save_structure = options.compare, options.save_structure
     plan.certificate = Certificate() if options.certify else None
@@ -79,7 +82,7 @@ def plan_transfer(options: TransferOptions) -> Plan:
         raise UserError(f"--save_structure {plan.save_structure}: give a file name ending in {SUFFIX}")
     if settings.method == "flowedit" and (options.certify or options.min_structure is not None):
         raise UserError("--method flowedit has no inversion, so neither --certify nor --min_structure applies to it")
-    if plan.save_structure and settings.method != "alf":
+    if plan.save_structure and settings.method not in EXACT:
         raise UserError(f"--save_structure: {settings.method} leaves none that is exact; use --method alf")
     return plan
 
@@ -89,8 +92,9 @@ def plan_restyle(options: RestyleOptions, structure: Structure) -> Plan:
     pipeline, trained = open_pipeline(options.network, structure)
     checkpoint, front = options.network.checkpoint, pipeline.front
     settings = resolve_settings(options.settings, trained, checkpoint, structure.settings, front)
+    pipeline.check_settings(settings)
     source = pipeline.spec.style_id(structure.source)
-    plan = Plan(pipeline, source, find_targets(options.targets, pipeline), settings)
+    plan = Plan(pipeline, source, find_targets(options.targets, pipeline, settings.method), settings)
     plan.certificate = Certificate() if options.certify else None
     return plan
 
@@ -165,14 +169,14 @@ def resolve_settings(
     return settings
 
 
-def find_targets(options: TargetOptions, pipeline: Pipeline) -> list[Target]:
+def find_targets(options: TargetOptions, pipeline: Pipeline, method: str) -> list[Target]:
     styles = pipeline.spec.styles
     if options.interpolate:
         a, b = (pipeline.spec.style_id(style) for style in options.interpolate)
         shares = [number / (options.frames - 1) for number in range(options.frames)]
         digits = len(str(options.frames - 1))
         return [
-            Target(f"{number:0{digits}}", f"{share:.2f}", pipeline.between(a, b, share), is_frame=True)
+            Target(f"{number:0{digits}}", f"{share:.2f}", pipeline.between(a, b, share, method), is_frame=True)
             for number, share in enumerate(shares)
         ]
     if options.style == "all" and "all" not in styles:

@@ -43,9 +43,11 @@ def print_plan(plan: Plan) -> None:
     settings, styles = plan.settings, plan.pipeline.spec.styles
     titles = plan.targets[0].title if len(plan.targets) == 1 else f"{len(plan.targets)} styles"
     guidance = "no guidance" if settings.cfg_scale == 1 else f"{settings.guidance} guidance {settings.cfg_scale:g}"
-    strength = f"strength {round(1 - settings.grid[0], 2):g}"
+    strength = f"strength {round(settings.reached, 2):g}"
     strength = strength if plan.min_structure is None else f"structure {plan.min_structure:g} or more"
     legs = f"{settings.method}, {settings.num_steps} steps a leg"
+    if settings.method == "map":
+        legs, guidance = f"map, 1 leg of {settings.num_steps} steps", guidance.removeprefix(f"{settings.guidance} ")
     print(f"{styles[plan.source]} -> {titles}: {legs}, {guidance}, {strength}")
 
 

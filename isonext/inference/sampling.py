@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from isonext.config import InferenceConfig
 from isonext.data import images
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
@@ -96,14 +97,17 @@ def sampling_settings(options: SampleOptions, trained: dict, spec: LatentSpec, b
                 "to guide towards; leave it out"
             )
         flags["cfg_scale"] = 1.0
+    if trained["inference"]["method"] == "map":  # of stage 2: samples are of its teacher, with the usual solver
+        usual = {"method": InferenceConfig.method, "num_steps": InferenceConfig.num_steps}
+        trained = trained | {"inference": trained["inference"] | usual}
     settings = resolve_settings(replace(options.settings, flags=flags), trained, options.network.checkpoint)
     if not base.can_sample:
         raise UserError(
             f"{options.network.checkpoint}: its base, written by an earlier version, has no layouts to draw from; it "
             "serves transfers; train anew, or with training.anchor_strength=0, for samples"
         )
-    if settings.method == "flowedit":
-        raise UserError("inference.method flowedit changes pictures, and here is none; give --method alf")
+    if settings.method in ("flowedit", "map"):
+        raise UserError(f"inference.method {settings.method} changes pictures, and here is none; give --method alf")
     return settings
 
 

@@ -1,11 +1,13 @@
 """The structure file: a picture's structure, and all that it takes to go back, or on to other styles.
 
-It is a safetensors file with the lattice state of one picture where its inversion ended, at t = 1 - strength,
+It is a safetensors file with the lattice state of one picture where its inversion ended, at t = 1 - strength; of a
+transfer by map, where its one leg ended:
 
     position, defect        (1, C, h, w) int32, or int64 where a number is too large for that
 
 and, as JSON in its metadata, everything that fixes the velocity field to the last bit. From there the inversion run
-backwards gives the picture, and a generation leg gives it in another style. (Files of format 1 also hold the state at
+backwards gives the picture, and a generation leg gives it in another style. By map, the leg run backwards gives the
+picture, and from there another leg goes to another style. (Files of format 1 also hold the state at
 the end of that leg, which nothing needs.)
 """
 
@@ -27,7 +29,7 @@ from isonext.data.store import shown
 from isonext.errors import UserError
 from isonext.flow.certificate import _bytes
 from isonext.flow.solvers import LatticeState
-from isonext.flow.transfer import TransferSettings
+from isonext.flow.transfer import EXACT, TransferSettings
 from isonext.pipeline import Pipeline
 from isonext.utils.device import device_name
 from isonext.utils.io import written_whole
@@ -68,7 +70,7 @@ RECORD = {
 
 @dataclass
 class Structure:
-    state: LatticeState  # where the inversion ended
+    state: LatticeState  # where the inversion ended, or the leg of map
     source: str  # style names
     target: str
     settings: TransferSettings
@@ -139,12 +141,14 @@ def _state_of(tensors: dict[str, Tensor]) -> LatticeState:
 
 
 def _settings_of(tree: Any, where: str) -> TransferSettings:
-    """The settings of a transfer by alf: those of a config, and where it stopped."""
+    """The settings of a transfer by an exact method: those of a config, and where it stopped."""
     settings = made_of(TransferSettings, STOP, tree, "settings")
     config = config_from_dict({"inference": {name: tree[name] for name in SETTINGS if name in tree}}, where)
     settings = replace(settings, **asdict(config.inference))
-    if settings.method != "alf" or settings.inversion != "explicit" or settings.skip > settings.num_steps:
-        raise Mismatch("settings", f"{settings.method}, skip {settings.skip}", "of alf, with steps that are left")
+    if settings.method not in EXACT or settings.inversion != "explicit" or settings.skip > settings.num_steps:
+        raise Mismatch(
+            "settings", f"{settings.method}, skip {settings.skip}", "of alf or map, with steps that are left"
+        )
     return settings
 
 

@@ -103,6 +103,11 @@ class _Still:
     def embed(self, style: Tensor) -> Tensor:
         return style[:, None].float()
 
+    def map_velocity(self, x: Tensor, t: Tensor, source: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    map_embed = embed
+
     def x0(self, noise: Tensor, x1: Tensor, style: Tensor) -> Tensor:
         return noise
 

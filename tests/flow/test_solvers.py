@@ -18,6 +18,8 @@ from isonext.flow.solvers import (
     integrate,
     integrate_back,
     leapfrog_leg,
+    straight_leg,
+    straight_leg_back,
     time_grid,
     to_lattice,
 )
@@ -476,3 +478,95 @@ def test_one_velocity_that_is_not_finite_anywhere_in_a_leg_is_an_error_at_its_en
 def test_a_velocity_that_is_absurd_but_on_the_lattice_passes():
     end = leapfrog_leg([(lambda x, t: x * 0 + 2.0**31, [0.0, 1.0])], LatticeState.at_picture(torch.zeros(1)))
     assert end.x.item() == 2.0**31
+
+
+#################################################################################
+#                        The straight leg of a map of few steps                 #
+#################################################################################
+
+
+def test_one_step_of_a_straight_leg_by_hand():
+    """From y = 1, z = 1.5 with v(x, t) = x^2 + t, t from 0.5 to 0.75: y = 1 + 2.75 / 4 = 1.6875."""
+    start = LatticeState(to_lattice(torch.tensor([1.0])), to_lattice(torch.tensor([0.5])))
+    end = straight_leg(lambda x, t: x.square() + t, start, [0.5, 0.75])
+    assert end.x.item() == 1.6875
+    z = 1.5 + (1.6875**2 + 0.75) / 4
+    assert from_lattice(end.defect).item() == pytest.approx(z - 1.6875, abs=LATTICE / 2)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_straight_leg_costs_an_evaluation_less_than_its_defect_and_its_way_back_two_a_step(num_steps):
+    times, grid = [], time_grid(num_steps)
+
+    def field(x, t):
+        times.append(t)
+        return -x
+
+    end = straight_leg(field, LatticeState.at_picture(picture(1)), grid)
+    assert len(times) == 2 * num_steps - 1 and not end.knows_defect
+    end.defect  # noqa: B018
+    end.defect  # noqa: B018
+    assert times == [t for step in pairwise(grid) for t in step]
+    straight_leg_back(field, end, grid)
+    assert times[2 * num_steps :] == times[: 2 * num_steps][::-1]
+
+
+@quick
+@given(state=random_states, grid=any_grids)
+def test_a_straight_leg_is_undone_bit_for_bit_on_any_grid_from_any_state(state, grid):
+    field = GuidedField(MODEL, A)
+    end = straight_leg(field, state, grid)
+    assert same(straight_leg_back(field, end, grid), state)
+    assert max(grid) - min(grid) < 0.01 or not torch.equal(end.position, state.position)
+
+
+@quick
+@given(
+    seed=st.integers(0, 1000), num_steps=st.integers(1, 6), size=st.sampled_from([1e-9, 1e-3, 1.0, 1e4]),
+    strength=st.floats(0, 1),
+)  # fmt: skip
+def test_a_straight_leg_is_undone_bit_for_bit_for_any_field(seed, num_steps, size, strength):
+    """Fields that are neither smooth nor continuous, and know the time: noise that the bits of x seed."""
+
+    def field(x, t):
+        mixed = int(to_lattice(x).sum()) + int(t * 2**40) + seed
+        return size * torch.randn(x.shape, generator=torch.Generator().manual_seed(mixed % 2**62))
+
+    start, grid = LatticeState.at_picture(picture(seed)), time_grid(num_steps, 0.0, strength)
+    end = straight_leg(field, start, grid)
+    assert same(straight_leg_back(field, end, grid), start)
+
+
+def test_a_straight_leg_along_straight_lines_is_exact_in_one_step():
+    start, ahead = picture(1), picture(2)
+    end = straight_leg(lambda x, t: ahead - start, LatticeState.at_picture(start), [0.0, 1.0])
+    assert (end.x - ahead).abs().max() <= 1.5 * LATTICE  # both pictures rounded, and what leads from one to the other
+    assert not end.defect.any()
+
+
+def test_a_straight_leg_converges_to_the_exact_flow_with_first_order_and_its_defect_too():
+    """x' = -x cos t from t = 0 to 1 is x exp(-sin 1); halving the steps halves the error of y, and the defect."""
+    x = picture(3)
+    errors, defects = [], []
+    for num_steps in (20, 40, 80):
+        end = straight_leg(lambda x, t: -x * math.cos(t), LatticeState.at_picture(x), time_grid(num_steps))
+        errors.append((end.x - x * math.exp(-math.sin(1))).abs().max())
+        defects.append(from_lattice(end.defect).abs().max())
+    for values in (errors, defects):
+        assert values[0] / values[1] == pytest.approx(2, rel=0.1) and values[1] / values[2] == pytest.approx(2, rel=0.1)
+    assert errors[2] < 0.01 * x.abs().max()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**32])
+@pytest.mark.parametrize("when", range(6))
+def test_one_velocity_that_is_not_finite_in_a_straight_leg_is_an_error(when, bad):
+    calls = []
+
+    def field(x, t):
+        calls.append(t)
+        return torch.full_like(x, bad if len(calls) == when + 1 else 0.0)
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        end = straight_leg(field, LatticeState.at_picture(torch.zeros(2, 1)), time_grid(3))
+        assert when == 5
+        end.defect  # noqa: B018
