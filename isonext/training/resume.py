@@ -58,9 +58,7 @@ def find_start(folder: Path, resume: str | None, stage: int = 1) -> tuple[Path, 
         if not found.can_resume:
             raise UserError(f"{resume}: an exported model has no training state; start anew with --init {resume}")
         if found.stage != stage:
-            raise UserError(
-                f"{resume}: is of stage {found.stage}, this run is of stage {stage}; see --stage and --init"
-            )
+            raise UserError(f"{resume}: is of stage {found.stage}, this run of stage {stage}; see --stage and --init")
         return Path(resume), found
     if holds_checkpoints(folder):
         raise UserError(

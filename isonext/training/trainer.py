@@ -7,10 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +16,7 @@ from isonext.config import Config
 from isonext.data.dataset import load_split
 from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
+from isonext.models.flow_map import FlowMap
 from isonext.pipeline import Pipeline, load_codec
 from isonext.training.batches import Batch, Samples, base_of, flow_samples
 from isonext.training.folder import (
@@ -42,6 +40,7 @@ from isonext.training.memory_plan import (
     refuse_too_large,
 )
 from isonext.training.pairs import FILE, map_inference, taught_samples
+from isonext.training.processes import join_processes, peak_memory_gb
 from isonext.training.resume import (
     begin_map,
     check_length,
@@ -190,7 +189,7 @@ class Trainer:
     def _make_samples(self) -> Samples:
         training, splits = self.config.training, (self.train, self.val)
         if self.stage == 1:
-            return flow_samples(*splits, self.base, training, self.state.model.null_style)
+            return flow_samples(*splits, self.base, training, null_style=len(self.spec.styles))
         path = self.folder / FILE
         return taught_samples(self.config, *splits, path, self.teacher, self._make_teacher, self.accelerator)
 
@@ -212,7 +211,10 @@ class Trainer:
             return self.gradients.losses(averaged, batch.to(self.device, training.channels_last))
 
         def make_pipeline() -> Pipeline:
-            return self._make_pipeline(averaged)
+            pipeline = self._make_pipeline(averaged)
+            if isinstance(averaged, FlowMap):  # no transfer by map asks for the flow
+                pipeline.map, pipeline.scales = averaged, training.stage2_scales
+            return pipeline
 
         splits, samples, steps = (self.train, self.val), self.samples, self.steps_per_epoch
         return Validation(*splits, training, self.inference, averaged, losses, samples, steps, make_pipeline)
@@ -364,9 +366,8 @@ class Trainer:
             return
         self.save(self.folder / f"stage{self.stage}_epoch{epoch}.pt")
         self.interrupted.unlink(missing_ok=True)
-        for old in epoch_checkpoints(self.folder, self.stage)[
-            : -self.config.training.keep_checkpoints
-        ]:  # [:-0] is none
+        kept = self.config.training.keep_checkpoints
+        for old in epoch_checkpoints(self.folder, self.stage)[:-kept]:  # [:-0] is none
             old.unlink()
 
     def save(self, path: Path) -> None:
@@ -399,28 +400,6 @@ class Trainer:
             f"{self.total_steps} steps on {self.device} in {'BF16' if self.bf16 else 'float32'}"
             f"{describe_reduction(self.config.training, self.gradients.micro_batch, self.share)}"
         )
-
-
-def join_processes() -> Accelerator:
-    """This process, and those that it was launched with."""
-    # Autocast wraps the network alone, not accelerate's; without GPUs it must be told of several processes.
-    many_on_cpu = distributed.world() > 1 and not torch.cuda.is_available()
-    patience = InitProcessGroupKwargs(timeout=distributed.PATIENCE)
-    # A launcher's variables would cut the gradients (accumulation) or compile once more (dynamo); the config decides.
-    return Accelerator(
-        cpu=many_on_cpu,
-        mixed_precision="no",
-        dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy
-    )
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """CUDA's peak of reserved memory; elsewhere what the process occupies now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
 
 
 def train(

@@ -261,7 +261,7 @@ class TransferFigures:
 def transferred(
     pipeline: Pipeline, latents: Tensor, source: Style, targets: list[int], settings: TransferSettings
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The latents (n, C, h, w) in every target style, inverted once, and their structure x0; flowedit and map have none."""
+    """The latents (n, C, h, w) in every target style, inverted once, and their structure x0, if the method has one."""
     x1 = latents.to(pipeline.device)
     if settings.method in ("flowedit", "map"):
         return [pipeline.transfer(x1, source, target, settings).latents for target in targets], None

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import call_within, refused
+from helpers import TINY, call_within, refused
 from isonext.checkpoint import load_checkpoint
-from isonext.config import TrainingConfig
+from isonext.config import TrainingConfig, config_from_dict
 from isonext.data.dataset import LatentSplit
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
@@ -42,7 +42,7 @@ def split_of(*counts: int) -> LatentSplit:
     """Pictures of 1 x 2 x 2 latents that are all n, mirrored ones all -n - 1."""
     number = torch.arange(sum(counts)).float()
     latents = torch.stack([number, -number - 1])[:, :, None, None, None].expand(2, -1, 1, 2, 2).numpy()
-    spec = LatentSpec("dct", 1, 8, 16, [str(style) for style in range(len(counts))])
+    spec = LatentSpec("dct", 1, 8, 16, [str(style) for style in range(len(counts))], [0.0], [1.0])
     styles = torch.cat([torch.full((count,), style) for style, count in enumerate(counts)])
     return LatentSplit(spec, latents, styles, [str(style) for style in styles.tolist()])
 
@@ -235,12 +235,13 @@ def test_a_front_is_measured_within_the_scales_that_were_taught(config, first):
     assert [point["cfg_scale"] for point in front["points"]] == [1.2, 1.5, 2.0, 2.5]
 
 
-def test_a_dit_has_no_stage_2(store, make_config, config, first):
-    dit = {"model.type": "dit", "model.num_heads": 2}
-    small = config(dit)
-    small.model = replace(small.model)
-    with pytest.raises(UserError, match="stage 2 is for model.type isonext"):
-        Trainer(small, init=first, stage=2)
+def test_a_dit_has_no_stage_2(store, first):
+    tree = {section: dict(values) for section, values in TINY.items()}
+    tree["model"] = {"type": "dit", "hidden_dim": 16, "num_heads": 2, "num_layers": 1, "time_dim": 8}
+    tree["data"] |= {"data_root": str(store / "latents")}
+    tree["checkpoint"] = {"save_dir": str(store / "run")}
+    with pytest.raises(UserError, match=r"stage 2 is for model\.type isonext"):
+        Trainer(config_from_dict(tree), init=first, stage=2)
 
 
 #################################################################################
