@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isonext.config import TrainingConfig
+from isonext.config import Config, TrainingConfig
 from isonext.data.dataset import LatentSplit
 from isonext.errors import UserError
 from isonext.flow.base import Base, fit_base
@@ -90,6 +90,19 @@ def base_of(split: LatentSplit, training: TrainingConfig) -> Base:
         return split.batch(index[:: math.ceil(len(index) / 1024)])[0]
 
     return fit_base(spread, len(split.spec.styles), training.anchor_strength, training.anchor_cells)
+
+
+def check_batch_size(drawn: int, config: Config, stage: int, processes: int) -> None:
+    """UserError where `drawn`, what an epoch draws from, is less than a batch, or the processes cannot share one."""
+    batch = config.training.batch_size
+    if drawn < batch:
+        what, more = ("training pictures", "add pictures") if stage == 1 else ("pairs", "raise training.stage2_pairs")
+        raise UserError(
+            f"{config.data.data_root}: {drawn} {what}, fewer than one batch of {batch}; "
+            f"{more} or use --set training.batch_size={max(1, drawn)}"
+        )
+    if batch % processes:
+        raise UserError(f"training.batch_size = {batch} cannot be shared by {processes} processes evenly")
 
 
 ALL = slice(None)

@@ -111,6 +111,19 @@ def identify(folder: Path, path: Path, checkpoint: Checkpoint) -> str:
 #################################################################################
 
 
+def begin_run(folder: Path, run: str, chosen: Path | None, step: int, steps_per_epoch: int) -> None:
+    """Make the folder this run's, which stands at `step`; tells what lies elsewhere now.
+
+    `chosen` is the checkpoint that it was told to go on from; what was saved after that is another branch.
+    """
+    for other in move_others_aside(folder, run):
+        print(f"what was there of another run now lies in {other}")
+    write_run(folder, run)
+    left = set_aside(folder, chosen, step, step // steps_per_epoch) if chosen else None
+    if left:
+        print(f"what was saved after step {step} now lies in {left}")
+
+
 def set_aside(folder: Path, chosen: Path, step: int, epoch: int) -> Path | None:
     """Move what the run saved after `step` to a sub-folder, since it goes on from there on another branch.
 

@@ -18,17 +18,8 @@ from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
 from isonext.models.flow_map import FlowMap
 from isonext.pipeline import Pipeline, load_codec
-from isonext.training.batches import Batch, Samples, base_of, flow_samples
-from isonext.training.folder import (
-    folder_of,
-    identify,
-    is_finite,
-    last_good,
-    move_others_aside,
-    new_run,
-    set_aside,
-    write_run,
-)
+from isonext.training.batches import Batch, Samples, base_of, check_batch_size, flow_samples
+from isonext.training.folder import begin_run, folder_of, identify, is_finite, last_good, new_run
 from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import Logbook
 from isonext.training.memory_plan import (
@@ -92,7 +83,7 @@ class Trainer:
         meta = find_store(root, config)
         self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
         self.spec = self.train.spec = self.val.spec = in_units_of(meta.latents, other, init)
-        self._check_sizes()
+        check_batch_size(self.drawn, config, stage, self.accelerator.num_processes)
         self.base = base_of(self.train, training)
 
         network = network_of(config, self.spec, stage)
@@ -132,17 +123,6 @@ class Trainer:
     def drawn(self) -> int:
         """What an epoch draws from: pictures, or the teacher's pairs."""
         return len(self.train) if self.stage == 1 else self.config.training.stage2_pairs
-
-    def _check_sizes(self) -> None:
-        batch, world = self.config.training.batch_size, self.accelerator.num_processes
-        if self.drawn < batch:
-            what, more = ("training pictures", "add pictures") if self.stage == 1 else ("pairs", "make more of them")
-            raise UserError(
-                f"{self.config.data.data_root}: {self.drawn} {what}, fewer than one batch of {batch}; "
-                f"{more} or use --set training.batch_size={max(1, self.drawn)}"
-            )
-        if batch % world:
-            raise UserError(f"training.batch_size = {batch} cannot be shared by {world} processes evenly")
 
     def _choose_micro_batch(self, network: Callable[..., VelocityNetwork]) -> MicroBatch:
         """As the config says, or as the free memory allows; a CPU's is shared by all processes."""
@@ -273,15 +253,9 @@ class Trainer:
 
     def _begin(self) -> None:
         """Make the folder this run's. What it saved after a checkpoint that was asked for by name is another branch."""
-        for other in move_others_aside(self.folder, self.run):
-            print(f"what was there of another run now lies in {other}")
-        write_run(self.folder, self.run)
+        begin_run(self.folder, self.run, self.branches_from, self.state.step, self.steps_per_epoch)
         if self.branches_from is None:
             return
-        step = self.state.step
-        left = set_aside(self.folder, self.branches_from, step, step // self.steps_per_epoch)
-        if left:
-            print(f"what was saved after step {step} now lies in {left}")
         if not self.finished and self.branches_from.resolve() != self.interrupted.resolve():
             self.save(self.interrupted)  # from here --resume goes on, until there is a newer one
         self.branches_from = None
