@@ -2,6 +2,7 @@
 
 import torch
 
+from isonext.models.flow_map import FlowMap, Pair
 from model import IsoNext
 
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "alf": 2}
@@ -29,6 +30,9 @@ class Bf16:
         for parameter in self.net.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         self.null_style = self.net.null_style
+        self.map = FlowMap(CHANNELS, 3, hidden_dim=16, num_layers=2, style_dim=8, time_dim=16, num_groups=4).eval()
+        for parameter in self.map.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
 
     @torch.inference_mode()
     def __call__(self, x, t, style):
@@ -38,6 +42,15 @@ class Bf16:
     @torch.inference_mode()
     def embed(self, style):
         return self.net.embed(style)
+
+    @torch.inference_mode()
+    def map_velocity(self, x, t, source, target, scale):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.map(x, t, Pair(source, target, scale))
+
+    @torch.inference_mode()
+    def map_embed(self, style):
+        return self.map.embed(style)
 
     def x0(self, noise, x1, style):
         return noise

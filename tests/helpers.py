@@ -167,6 +167,7 @@ def second_stage(path: Path, new: Path) -> Path:
     first.teacher, weights = first.ema, network.state_dict()
     first.model = first.ema = weights
     first.optimizer = {"state": {}, "param_groups": []}
+    first.config.inference.method, first.config.inference.num_steps = "map", 1
     first.save(new)
     return new
 

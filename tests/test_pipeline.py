@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import CHECKPOINT, refused
+from helpers import CHECKPOINT, refused, second_stage
 from isonext.data.autoencoder import load_autoencoder
 from isonext.errors import UserError
+from isonext.flow.transfer import TransferSettings
 from isonext.pipeline import load_codec, load_pipeline
 
 CPU = torch.device("cpu")
@@ -121,3 +122,32 @@ def test_a_codec_without_a_name_is_the_specs(studio):
     assert load_codec(pipeline.spec, CPU, "x.pt").digest == DIGEST
     with pytest.raises(UserError, match=r"x\.pt: trained on 12-channel latents, autoencoder dct:f4c5 gives 5"):
         load_codec(pipeline.spec, CPU, "x.pt", "dct:f4c5")
+
+
+def test_the_map_of_stage_2_is_compiled_and_let_go_with_its_teacher(studio, monkeypatch, capsys):
+    pipeline, _ = load_pipeline(second_stage(studio / CHECKPOINT, studio / "stage2_compiled.pt"), CPU)
+    latents, how = torch.randn(1, 12, 4, 4), TransferSettings("map", 1, 1.0, 2.0)
+    expected = pipeline.transfer(latents, 0, 1, how).latents
+
+    def no_compiler(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    for network in (pipeline.model, pipeline.map):
+        monkeypatch.setattr(network, "compile", lambda network=network, **_: spoil(network))
+
+    def spoil(network):
+        for block in network.blocks:
+            block._compiled_call_impl = no_compiler
+
+    pipeline.compile()
+    assert torch.equal(pipeline.transfer(latents, 0, 1, how).latents, expected)
+    assert not pipeline.compiled and "no compiler here" in capsys.readouterr().err
+    pipeline.transfer(latents, 0, 1, TransferSettings("alf", 1))
+
+
+def test_the_map_runs_in_the_precision_of_the_pipeline(studio):
+    pipeline, _ = load_pipeline(second_stage(studio / CHECKPOINT, studio / "stage2_precision.pt"), CPU)
+    latents, how, found = torch.randn(1, 12, 4, 4), TransferSettings("map", 1, 1.0, 2.0), []
+    for pipeline.bf16 in (False, True):
+        found.append(pipeline.transfer(latents, 0, 1, how).latents)
+    assert 1e-5 < (found[0] - found[1]).abs().max() < 0.2 * (found[0] - latents).abs().max()

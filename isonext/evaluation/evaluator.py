@@ -259,8 +259,7 @@ class Evaluator:
     def _transfer(
         self, pipeline: Pipeline, settings: TransferSettings, source: str, targets: list[str], quick: bool, bar: tqdm
     ) -> tuple[dict[str, _Transfers], Tensor | None]:
-        """All test pictures of a style to every target, and their structures x0 (N, C, h, w), None for flowedit
-        and map.
+        """All test pictures of a style to every target; their structures x0 (N, C, h, w), none of flowedit and map.
 
         A batch is inverted once for all targets.
         """

@@ -47,7 +47,8 @@ def print_plan(plan: Plan) -> None:
     strength = strength if plan.min_structure is None else f"structure {plan.min_structure:g} or more"
     legs = f"{settings.method}, {settings.num_steps} steps a leg"
     if settings.method == "map":
-        legs, guidance = f"map, 1 leg of {settings.num_steps} steps", guidance.removeprefix(f"{settings.guidance} ")
+        steps = "1 step" if settings.num_steps == 1 else f"{settings.num_steps} steps"
+        legs, guidance = f"map, one leg of {steps}", guidance.removeprefix(f"{settings.guidance} ")
     print(f"{styles[plan.source]} -> {titles}: {legs}, {guidance}, {strength}")
 
 

@@ -698,3 +698,119 @@ def test_a_clamp_does_not_hide_a_network_that_is_infinite(method, inversion):
     how = TransferSettings(method, 2, inversion=inversion, latent_clamp=3.0)
     with pytest.raises(FloatingPointError, match="not finite"):
         transfer(Broken(math.inf, [1]), picture(16), A, B, how)
+
+
+#################################################################################
+#                        Stage 2: one leg from picture to picture               #
+#################################################################################
+
+
+@quick
+@given(
+    seed=st.integers(0, 1000),
+    how=st.builds(
+        TransferSettings,
+        method=st.just("map"),
+        num_steps=st.integers(1, 4),
+        strength=st.floats(0, 1),
+        cfg_scale=st.floats(1, 4),
+        latent_clamp=st.none() | st.floats(0.1, 3),
+    ),
+    styles=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=PICTURES, max_size=PICTURES),
+)
+def test_map_undoes_a_transfer_bit_for_bit_whatever_the_settings_and_the_styles(seed, how, styles):
+    x1, (source, target) = picture(seed), torch.tensor(styles).T
+    made = transfer(MODEL, x1, source, target, how)
+    start, back, residual = undo(MODEL, made, source, target, how)
+    assert same(back, LatticeState.at_picture(x1)) and same(start, made.start) and residual is None
+    assert same(restore(MODEL, made.end, source, how, target), back)
+    for row in range(PICTURES):
+        stays = bool(source[row] == target[row])
+        assert torch.equal(made.end.x[row], on_lattice(x1)[row]) == stays or (not stays and how.strength < 0.01)
+
+
+def test_one_step_of_map_by_hand_and_what_the_network_is_asked():
+    asked = []
+
+    class Pulls(Zero):
+        def map_velocity(self, x, t, source, target, scale):
+            asked.append((x, t.tolist(), source.tolist(), target.tolist(), scale.tolist()))
+            return scale.view(-1, 1, 1, 1) * (1 - x) + t.view(-1, 1, 1, 1)
+
+    x1, how = torch.full((2, 1, 1, 1), 0.5), TransferSettings("map", 1, 0.5, 3.0)
+    made = transfer(Pulls(), x1, A, B, how)
+    assert made.latents.flatten().tolist() == [0.5 + 0.5 * 1.5] * 2  # 1.25
+    assert asked[0][1:] == ([0.0, 0.0], [0, 0], [1, 1], [3.0, 3.0]) and made.nfe == len(asked) == 1
+    defect = 0.5 + 0.5 * (3 * (1 - 1.25) + 0.5) - 1.25  # z - y, of z = 0.5 + 0.5 v(1.25, 0.5)
+    assert from_lattice(made.end.defect).flatten().tolist() == [defect] * 2
+    assert asked[1][1] == [0.5, 0.5] and torch.equal(asked[1][0], made.latents)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_a_transfer_by_map_costs_one_evaluation_and_two_for_each_further_step_at_every_scale(num_steps):
+    for scale in (1.0, 4.0):
+        how = TransferSettings("map", num_steps, 1.0, scale)
+        assert transfer(MODEL, picture(1), A, B, how).nfe == 2 * num_steps - 1
+
+
+def test_map_heeds_neither_the_interval_of_guidance_nor_the_grids_of_the_other_methods():
+    plain, x1 = TransferSettings("map", 3, 0.8, 2.0), picture(1)
+    for change in ({"cfg_interval": (0.2, 0.4)}, {"time_grid": "cosine"}, {"time_shift": 3.0}, {"guidance": "null"}):
+        other = replace(plain, **change)
+        assert torch.equal(transfer(MODEL, x1, A, B, other).latents, transfer(MODEL, x1, A, B, plain).latents)
+    assert plain.grid == pytest.approx([0, 0.8 / 3, 1.6 / 3, 0.8])
+    assert not torch.equal(
+        transfer(MODEL, x1, A, B, replace(plain, cfg_scale=3.0)).latents, transfer(MODEL, x1, A, B, plain).latents
+    )
+
+
+def test_embeddings_of_the_maps_styles_make_the_very_bits_of_their_ids_and_of_the_source_none():
+    x1, how = picture(5), TransferSettings("map", 2, 1.0, 2.5)
+    of_id, of_embedding = (transfer(MODEL, x1, A, target, how) for target in (B, MODEL.map_embed(B)))
+    assert torch.equal(of_id.latents, of_embedding.latents)
+    assert torch.equal(transfer(MODEL, x1, A, MODEL.map_embed(A), how).latents, on_lattice(x1))
+
+
+def test_many_targets_of_a_picture_by_map_are_the_bits_of_a_transfer_each_and_its_inversion_is_free():
+    x1, how = picture(6), TransferSettings("map", 1, 1.0, 2.0)
+    inverted = invert(MODEL, x1, A, how)
+    assert inverted.nfe == 0 and same(inverted.state, LatticeState.at_picture(x1))
+    for target in (A, B, C):
+        made = transfer(MODEL, x1, A, target, how)
+        assert torch.equal(generate(MODEL, inverted, A, target, how).latents, made.latents)
+
+
+class Ramp(Zero):
+    """Moves every value by the strength."""
+
+    def map_velocity(self, x, t, source, target, scale):
+        return torch.ones_like(x)
+
+
+@pytest.mark.parametrize(
+    ("strength", "limit", "found"), [(1.0, 0.5, 0.5), (1.0, 0.55, 0.5), (0.5, 0.3, 9 / 32), (1.0, 2.0, 1.0)]
+)
+def test_map_keeps_structure_by_bisection_over_sixteenths_of_its_strength(strength, limit, found):
+    x1, how = torch.zeros(1, 1, 2, 2), TransferSettings("map", 1, strength)
+    made, cut, tried = keep_structure(Ramp(), x1, A[:1], B[:1], how, lambda z: -z.max().item(), -limit)
+    assert cut == replace(how, strength=found) and cut.reached == found
+    assert made.latents.max().item() == found == -dict(tried)[found]
+    assert made.nfe == len(tried) <= 5
+    assert torch.equal(made.latents, transfer(Ramp(), x1, A[:1], B[:1], cut).latents)
+
+
+def test_a_floor_that_no_leg_of_map_reaches_gives_the_picture_itself():
+    x1, how = picture(7)[:1], TransferSettings("map", 2, 1.0, 2.0)
+    made, cut, tried = keep_structure(MODEL, x1, A[:1], B[:1], how, lambda _: 0.0, 1.0)
+    assert cut.strength == 0 == min(strength for strength, _ in tried)
+    assert torch.equal(made.latents, on_lattice(x1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_map_that_is_not_finite_is_an_error(bad):
+    class Broken(Zero):
+        def map_velocity(self, x, t, source, target, scale):
+            return torch.full_like(x, bad)
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        transfer(Broken(), picture(1), A, B, TransferSettings("map", 1))

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers import CHECKPOINT, call, refused
+from helpers import CHECKPOINT, call, refused, second_stage
 from isonext.data import images
 from isonext.errors import first_line
 from isonext.evaluation.metrics import ssim
@@ -97,15 +97,15 @@ def album(tmp_path) -> Path:
     return folder
 
 
-def broken_network(monkeypatch) -> None:
+def broken_network(monkeypatch, name: str = "__call__") -> None:
     """A network that gives other bits for the same input."""
-    plain, calls = Pipeline.__call__, []
+    plain, calls = getattr(Pipeline, name), []
 
-    def noisy(self, x, t, style):
+    def noisy(self, *inputs):
         calls.append(1)
-        return plain(self, x, t, style) + 1e-3 * len(calls)
+        return plain(self, *inputs) + 1e-3 * len(calls)
 
-    monkeypatch.setattr(Pipeline, "__call__", noisy)
+    monkeypatch.setattr(Pipeline, name, noisy)
 
 
 #################################################################################
@@ -989,3 +989,111 @@ def test_a_record_of_another_program_is_not_written_over(infer, tmp_path, album)
     result = infer(*TO_WARM, "--num_steps", "1", "--input", album, "--output", tmp_path / "out", "--overwrite")
     refused(result, "transfers.json: damaged, or no record of what made the pictures here")
     assert (tmp_path / "out" / "transfers.json").read_text() == '{"my": "notes"}'
+
+
+#################################################################################
+#                        Stage 2: a transfer in a few steps                     #
+#################################################################################
+
+
+@pytest.fixture(scope="module")
+def second(studio) -> Path:
+    """A checkpoint of stage 2 of the studio, its map of random weights."""
+    return second_stage(studio / CHECKPOINT, studio / "checkpoints/stage2_epoch1.pt")
+
+
+@pytest.fixture
+def few(infer, second):
+    """The same as `infer` from cold, by stage 2."""
+    return lambda *flags: infer("--checkpoint", second, "--source_style", "cold", *flags)
+
+
+def test_stage_2_transfers_by_map_in_one_evaluation_and_certifies_it(few, second, tmp_path):
+    flags = ("--target_style", "warm", "--input", PICTURE, "--output", tmp_path / "a.png")
+    out = out_of(few(*flags, "--certify"))
+    assert "cold -> warm: map, one leg of 1 step, guidance 1.5, strength 1" in out
+    assert "1 made, 1 network evaluations" in out
+    mapped = load_pipeline(second, torch.device("cpu"))[0]
+    assert sha256_in(out) == sha256_of(mapped, Path(PICTURE)) and "with the defects" in out
+    latents = mapped.encode(images.to_pixels(images.to_bytes(images.open_picture(PICTURE)))[None])
+    start = on_lattice(mapped, PICTURE).float() * LATTICE
+    v = mapped.map_velocity(start, torch.zeros(1), *torch.tensor([[0], [1]]), torch.tensor([1.5]))
+    decoded = mapped.decode(latents + v, 32, 32)
+    assert np.abs(np.asarray(images.to_picture(decoded[0])).astype(int) - pixels(tmp_path / "a.png")).max() <= 1
+    assert "3 network evaluations" in out_of(few(*flags, "--num_steps", "2"))
+
+
+def test_a_folder_by_map_is_certified_as_a_whole(few, second, tmp_path, album):
+    (album / "bad.png").unlink()
+    flags = ("--target_style", "warm", "--input", album, "--output", tmp_path / "out", "--batch_size", "2")
+    out = out_of(few(*flags, "--certify", "--num_steps", "4"))
+    mapped = load_pipeline(second, torch.device("cpu"))[0]
+    assert sha256_in(out) == sha256_of(mapped, *(album / name for name in ("a.png", "b.png", "c.png", "deep/d.png")))
+
+
+def test_the_teacher_of_stage_2_makes_the_pictures_of_stage_1(few, infer, tmp_path):
+    flags = ("--input", PICTURE, "--num_steps", "2")
+    out_of(infer(*TO_WARM, *flags, "--output", tmp_path / "one.png"))
+    out = out_of(
+        few("--target_style", "warm", *flags, "--method", "alf", "--output", tmp_path / "two.png", "--certify")
+    )
+    assert "alf, 2 steps a leg" in out and same(tmp_path / "one.png", tmp_path / "two.png")
+
+
+def test_a_structure_of_map_gives_the_original_and_other_styles_without_it(few, infer, second, tmp_path):
+    kept, made = tmp_path / "a.safetensors", tmp_path / "made.png"
+    flags = ("--target_style", "warm", "--input", PICTURE, "--num_steps", "2", "--strength", "0.75", "--cfg_scale", "3")
+    out_of(few(*flags, "--output", made, "--save_structure", kept))
+    structure = structure_file.load_structure(kept)
+    assert structure.settings.method == "map" and structure.target == "warm" and structure.state.defect.any()
+    out = out_of(infer("--checkpoint", second, "--restore", kept, "--output", tmp_path / "back.png"))
+    assert "certificate: exact (0 of 768 elements differ)" in out
+    mapped = load_pipeline(second, torch.device("cpu"))[0]
+    assert np.array_equal(pixels(tmp_path / "back.png"), codecs_own(mapped, Path(PICTURE)))
+    of_kept = ("--checkpoint", second, "--from_structure", kept, "--certify", "--target_style")
+    out = out_of(infer(*of_kept, "warm", "--cfg_scale", "3", "--output", tmp_path / "again.png"))
+    assert same(tmp_path / "again.png", made) and "7 network evaluations" in out  # 4 back, 3 there
+    assert "by way of the picture" in out and "exact (0 of 768" in out
+    out_of(infer(*of_kept, "cold", "--output", tmp_path / "itself.png"))
+    assert same(tmp_path / "itself.png", tmp_path / "back.png")
+
+
+def test_all_styles_and_an_interpolation_by_map(few, second, tmp_path):
+    one, sheet = ("--input", PICTURE, "--certify", "--output"), tmp_path / "s.png"
+    out = out_of(few("--target_style", "all", *one, sheet))
+    assert "2 network evaluations" in out
+    out_of(few("--target_style", "warm", *one, tmp_path / "warm.png"))
+    mapped = load_pipeline(second, torch.device("cpu"))[0]
+    assert same(tmp_path / "s_warm.png", tmp_path / "warm.png")
+    assert np.array_equal(pixels(tmp_path / "s_cold.png"), codecs_own(mapped, Path(PICTURE)))
+    out_of(few("--interpolate", "cold", "warm", "--frames", "3", *one, tmp_path / "i.png"))
+    frames = [tmp_path / f"i_frames/i_{number}.png" for number in range(3)]
+    assert same(frames[0], tmp_path / "s_cold.png") and same(frames[2], tmp_path / "warm.png")
+    assert not same(frames[1], frames[0]) and not same(frames[1], frames[2])
+
+
+def test_min_structure_by_map_finds_a_strength_whose_transfer_it_is(few, tmp_path):
+    flags = ("--target_style", "warm", "--input", PICTURE)
+    out = out_of(few(*flags, "--output", tmp_path / "a.png", "--min_structure", "0.9", "--certify"))
+    strength = re.search(r"strength (\d\.\d\d) keeps structure (\d\.\d+)", out)
+    assert 0 < float(strength[1]) < 1 and float(strength[2]) >= 0.9
+    exact = round(float(strength[1]) * 16) / 16
+    out_of(few(*flags, "--output", tmp_path / "b.png", "--strength", exact))
+    assert same(tmp_path / "a.png", tmp_path / "b.png")
+
+
+def test_map_is_refused_without_a_map_beyond_its_scales_and_for_a_fixed_point(few, infer, tmp_path):
+    one = ("--input", PICTURE, "--output", tmp_path / "a.png")
+    refused(infer(*TO_WARM, *one, "--method", "map"), "method map", CHECKPOINT, "stage 1", "stage 2")
+    for scale in ("4.5", "0.5"):
+        words = (f"cfg_scale {scale}", "from 1 to 4", "--method alf")
+        refused(few("--target_style", "warm", *one, "--cfg_scale", scale), *words)
+    refused(few("--target_style", "warm", *one, "--inversion", "fixed_point"), "map is exactly reversible already")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_the_way_back_of_map_with_other_bits_is_told(few, tmp_path, monkeypatch):
+    broken_network(monkeypatch, "map_velocity")
+    flags = ("--target_style", "warm", "--input", PICTURE, "--output", tmp_path / "a.png")
+    out = out_of(few(*flags, "--certify"), 3)
+    assert "NOT exact" in out and "other bits" in out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import CHECKPOINT, STUDIO, call, call_within, draw_styles, launch, refused
+from helpers import CHECKPOINT, STUDIO, call, call_within, draw_styles, launch, refused, second_stage
 from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings, sample
 from isonext.inference import sampling
@@ -315,3 +315,18 @@ def test_a_dit_of_one_style_is_unconditional(tmp_path):
     ]
     status, out, err = call_within(tmp_path, "sample", *flags, "--cfg_scale", "2")
     refused((status, out, err), "--cfg_scale 2", "has one style")
+
+
+def test_a_checkpoint_of_stage_2_samples_by_its_teacher(studio, within):
+    second = second_stage(studio / CHECKPOINT, studio / "checkpoints/stage2_sampled.pt")
+    few = ("--num_samples", "2", "--styles", "warm", "--seed", "3")
+    for name, checkpoint in (("one", CHECKPOINT), ("two", second)):
+        status, out, err = within("sample", "--checkpoint", checkpoint, "--output", f"of_{name}", *few)
+        assert status == 0, err
+        assert "alf, 20 steps" in out
+    for number in (1, 2):
+        one, two = (studio / f"of_{name}/sample_0000{number}.png" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+    (studio / "of_map.json").write_text('{"inference": {"method": "map"}}')
+    flags = ("--checkpoint", second, "--output", "none", "--config", "of_map.json")
+    refused(within("sample", *flags), "inference.method map changes pictures", "--method alf")
