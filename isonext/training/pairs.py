@@ -162,7 +162,8 @@ def pairs_digest(pairs: dict[str, Pairs], teacher: dict[str, Tensor], settings: 
     for name in sorted(teacher):
         digest.update(name.encode() + teacher[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for chosen in pairs.values():
-        digest.update(f"{chosen.split.digest} {chosen.split.spec}".encode())
+        spec = chosen.split.spec
+        digest.update(f"{chosen.split.digest} {spec.styles} {spec.mean} {spec.std}".encode())
         for tensor in (chosen.picture, chosen.mirrored, chosen.crop, chosen.target, chosen.scale):
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

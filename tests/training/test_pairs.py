@@ -8,15 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import TINY, call_within, refused
-from isonext.checkpoint import load_checkpoint
+from isonext.checkpoint import load_checkpoint, network_of
 from isonext.config import TrainingConfig, config_from_dict
 from isonext.data.dataset import LatentSplit
-from isonext.data.store import LatentSpec
+from isonext.data.store import LatentSpec, read_meta
 from isonext.errors import UserError
 from isonext.training import validation
 from isonext.training.log import read_metrics
+from isonext.training.memory_plan import count_needs, print_plan
 from isonext.training.pairs import AT_ONCE, FILE, Pairs, choose_all, draw_pairs
 from isonext.training.trainer import Trainer, train
+from model import count_parameters
 
 SHORT = {"training.stage2_epochs": 4, "training.stage2_pairs": 12, "training.stage1_epochs": 1}
 TRAINING = TrainingConfig(batch_size=4, stage2_pairs=100)
@@ -235,6 +237,17 @@ def test_a_front_is_measured_within_the_scales_that_were_taught(config, first):
     assert [point["cfg_scale"] for point in front["points"]] == [1.2, 1.5, 2.0, 2.5]
 
 
+def test_the_plan_of_stage_2_counts_its_weights(store, config, capsys):
+    print_plan(config(), 8, stage=2)
+    second, spec = capsys.readouterr().out, read_meta(store / "latents").latents
+    network = network_of(config(), spec)()
+    more = 2 * 8 + 8 * 8  # a row a style beside the target's, and the matrix of guidance
+    assert count_needs(network_of(config(), spec, 2), spec, True, True)("none").parameters == (
+        count_parameters(network) + more
+    )
+    assert f"{(count_parameters(network) + more) / 1e6:.2f} M" in second
+
+
 def test_a_dit_has_no_stage_2(store, first):
     tree = {section: dict(values) for section, values in TINY.items()}
     tree["model"] = {"type": "dit", "hidden_dim": 16, "num_heads": 2, "num_layers": 1, "time_dim": 8}
@@ -259,3 +272,7 @@ def test_from_stage_1_to_stage_2_by_commands(studio):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert sum(losses[-24:]) < 0.8 * sum(losses[:24]), losses
+    picture = ("--input", "raw_data/cold/000.png", "--source_style", "cold", "--target_style", "warm")
+    output = ("--output", "warm.png", "--certify")
+    status, out, err = call_within(studio, "inference", "--checkpoint", folder / "stage2_epoch12.pt", *picture, *output)
+    assert status == 0 and (studio / "warm.png").exists() and "(0 of 768 elements differ)" in out, out + err
