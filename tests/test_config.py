@@ -29,7 +29,7 @@ AUTO = {
     "training.gradient_checkpointing",
     "training.anchor_strength",
 }
-PAIRS = {"training.betas", "inference.cfg_interval"}
+PAIRS = {"training.betas", "training.stage2_scales", "inference.cfg_interval"}
 WRONG = {
     int: ["7", 1.5, 4.0, True, [1], {}, math.nan],
     float: ["0.5", True, [0.5], {}, math.nan, math.inf, -math.inf],
@@ -99,7 +99,7 @@ def test_a_value_out_of_range_is_an_error_with_key_value_and_what_is_allowed(nam
         ("training.use_amp", 1, "true or false"),
         ("autoencoder.name", 4, "a text"),
         ("training.coupling", "OT", "one of independent, ot"),
-        ("inference.method", "rk5", "one of alf, euler, midpoint, heun, rk4, flowedit"),
+        ("inference.method", "rk5", "one of alf, euler, midpoint, heun, rk4, flowedit, map"),
     ],
 )
 def test_the_message_says_what_is_allowed(name, value, allowed):

@@ -10,12 +10,13 @@ to data inside a batch (Tong et al., arXiv:2302.00482; Pooladian et al., arXiv:2
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x (B, ...), t (B,), style (B,)) -> v (B, ...)
+Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (x (B, ...), t (B,), style (B,), or a pair) -> v (B, ...)
 
 #################################################################################
 #                                    Training                                   #
@@ -59,7 +60,7 @@ def pair_noise(x0: Tensor, x1: Tensor, style: Tensor) -> Tensor:
     return paired
 
 
-def flow_loss(model: Velocity, x0: Tensor, x1: Tensor, t: Tensor, style: Tensor) -> Tensor:
+def flow_loss(model: Velocity, x0: Tensor, x1: Tensor, t: Tensor, style: Any) -> Tensor:
     """(B,) mean squared error of the velocity of each sample: E |model(x_t, t, style) - (x1 - x0)|^2."""
     xt, target = path(x0, x1, t)
     return (model(xt, t, style).float() - target).square().flatten(1).mean(1)

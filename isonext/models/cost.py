@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isonext.flow.loss import flow_loss
 from isonext.models.dit import Attention
+from isonext.models.flow_map import FlowMap, Pair
 from model import Recompute, VelocityNetwork, count_parameters
 
 COPIES = 5  # of the parameters, in float32: themselves, gradients, AdamW's two moments, the average
@@ -79,7 +80,8 @@ def _step_bytes(model: VelocityNetwork, shape: tuple[int, ...], bf16: bool, chan
     with _LiveBytes(state) as live:
         x0, x1 = (torch.empty(shape, memory_format=layout) for _ in range(2))
         t, style = torch.empty(pictures), torch.empty(pictures, dtype=torch.int64)
-        flow_loss(network, x0, x1, t, style).mean().backward()
+        condition = Pair(style, style, t) if isinstance(model, FlowMap) else style
+        flow_loss(network, x0, x1, t, condition).mean().backward()
     return live.peak
 
 

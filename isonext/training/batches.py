@@ -2,37 +2,45 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from isonext.config import TrainingConfig
+from isonext.config import Config, TrainingConfig
 from isonext.data.dataset import LatentSplit
 from isonext.errors import UserError
 from isonext.flow.base import Base, choose_strength, fit_base
 from isonext.flow.loss import drop_labels, pair_noise, sample_time
+from isonext.models.flow_map import Pair
 from isonext.utils.seeding import seeded
+
+Style = Tensor | Pair  # (B,) int64, some of them the null style; of stage 2 what a transfer is
 
 
 @dataclass
 class Batch:
-    x0: Tensor  # (B, C, h, w) noise
-    x1: Tensor  # (B, C, h, w) standardised latents
+    x0: Tensor  # (B, C, h, w) noise; of stage 2 the picture's latents
+    x1: Tensor  # (B, C, h, w) standardised latents; of stage 2 the transfer's
     t: Tensor  # (B,)
-    style: Tensor  # (B,) int64, some of them the null style
+    style: Style
 
     def part(self, chosen: slice) -> "Batch":
-        return Batch(self.x0[chosen], self.x1[chosen], self.t[chosen], self.style[chosen])
+        return self._changed(lambda tensor: tensor[chosen])
 
     def to(self, device: torch.device, channels_last: bool) -> "Batch":
         """On the device; to CUDA by way of pinned memory, so that nothing waits for the copy."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        tensors = [self.x0, self.x1, self.t, self.style]
-        if device.type == "cuda":
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        x0, x1, t, style = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(x0.contiguous(memory_format=layout), x1.contiguous(memory_format=layout), t, style)
+        pinned = self._changed(Tensor.pin_memory) if device.type == "cuda" else self
+        there = pinned._changed(lambda tensor: tensor.to(device, non_blocking=True))
+        there.x0, there.x1 = (x.contiguous(memory_format=layout) for x in (there.x0, there.x1))
+        return there
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor changed."""
+        style = Pair(*map(change, self.style)) if isinstance(self.style, Pair) else change(self.style)
+        return Batch(change(self.x0), change(self.x1), change(self.t), style)
 
 
 @functools.lru_cache(maxsize=2)
@@ -92,6 +100,19 @@ def base_of(split: LatentSplit, training: TrainingConfig, of_auto: float | None 
     return fit_base(spread, styles, strength, training.anchor_cells), choice
 
 
+def check_batch_size(drawn: int, config: Config, stage: int, processes: int) -> None:
+    """UserError where `drawn`, what an epoch draws from, is less than a batch, or the processes cannot share one."""
+    batch = config.training.batch_size
+    if drawn < batch:
+        what, more = ("training pictures", "add pictures") if stage == 1 else ("pairs", "raise training.stage2_pairs")
+        raise UserError(
+            f"{config.data.data_root}: {drawn} {what}, fewer than one batch of {batch}; "
+            f"{more} or use --set training.batch_size={max(1, drawn)}"
+        )
+    if batch % processes:
+        raise UserError(f"training.batch_size = {batch} cannot be shared by {processes} processes evenly")
+
+
 ALL = slice(None)
 
 
@@ -124,3 +145,37 @@ def draw_batch(
     if training.coupling == "ot":
         noise, x1, style = noise[rows], x1[rows], style[rows]
     return Batch(base.x0(noise, x1, style), x1, t[rows], label[rows])
+
+
+@dataclass
+class Samples:
+    """What a stage is trained and validated on."""
+
+    draw: Callable[[int, slice], Batch]  # those rows of the batch of an optimiser step
+    held_out: Callable[[int], Batch]  # so many samples for the held-out loss, always the same
+    held: int  # that there are for it
+
+
+def flow_samples(
+    train: LatentSplit, val: LatentSplit, base: Base, training: TrainingConfig, null_style: int
+) -> Samples:
+    """Those of stage 1: pictures and noise."""
+    return Samples(
+        lambda step, rows: draw_batch(train, base, training, step, null_style, rows),
+        lambda count: held_out_batch(val, base, training, count),
+        len(val),
+    )
+
+
+def held_out_batch(split: LatentSplit, base: Base, training: TrainingConfig, count: int) -> Batch:
+    """`count` held-out pictures, with noise and times that never change."""
+    generator = seeded(training.seed, "validation", 0)
+    chosen = torch.randperm(len(split), generator=generator)[:count]
+    noise = torch.randn(count, *split.latents.shape[2:], generator=generator)
+    x1, style = split.batch(chosen)
+    return Batch(base.x0(noise, x1, style), x1, spread_times(count), style)
+
+
+def spread_times(count: int) -> Tensor:
+    """(count,) times spread evenly, so that few pictures suffice."""
+    return (torch.arange(count) + 0.5) / count

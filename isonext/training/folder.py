@@ -10,20 +10,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isonext.checkpoint import BEST, INTERRUPTED, Checkpoint, epoch_checkpoints, epoch_of, load_checkpoint
+from isonext.checkpoint import BEST, Checkpoint, epoch_checkpoints, epoch_of, interrupted, load_checkpoint
+from isonext.config import Config
 from isonext.errors import UserError
 from isonext.utils.io import written_whole
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
+STAGES = 1, 2  # each has a folder of its own
 
 #################################################################################
 #                                  Whose it is                                  #
 #################################################################################
 
 
+def folder_of(config: Config, stage: int) -> Path:
+    """Where a stage's run writes to: stage 2 below stage 1, none of whose files it touches."""
+    folder = Path(config.checkpoint.save_dir)
+    return folder if stage == 1 else folder / "stage2"
+
+
+def saved_epochs(folder: Path) -> list[Path]:
+    return [path for stage in STAGES for path in epoch_checkpoints(folder, stage)]
+
+
+def saved_between(folder: Path) -> list[Path]:
+    """The checkpoints that are no epoch's."""
+    paths = [folder / BEST, *(folder / interrupted(stage) for stage in STAGES)]
+    return [path for path in paths if path.exists()]
+
+
 def holds_checkpoints(folder: Path) -> bool:
-    return bool(epoch_checkpoints(folder)) or any((folder / name).exists() for name in (INTERRUPTED, BEST))
+    return bool(saved_epochs(folder) or saved_between(folder))
 
 
 def new_run() -> str:
@@ -93,15 +111,28 @@ def identify(folder: Path, path: Path, checkpoint: Checkpoint) -> str:
 #################################################################################
 
 
+def begin_run(folder: Path, run: str, chosen: Path | None, step: int, steps_per_epoch: int) -> None:
+    """Make the folder this run's, which stands at `step`; tells what lies elsewhere now.
+
+    `chosen` is the checkpoint that it was told to go on from; what was saved after that is another branch.
+    """
+    for other in move_others_aside(folder, run):
+        print(f"what was there of another run now lies in {other}")
+    write_run(folder, run)
+    left = set_aside(folder, chosen, step, step // steps_per_epoch) if chosen else None
+    if left:
+        print(f"what was saved after step {step} now lies in {left}")
+
+
 def set_aside(folder: Path, chosen: Path, step: int, epoch: int) -> Path | None:
     """Move what the run saved after `step` to a sub-folder, since it goes on from there on another branch.
 
     `chosen` is the checkpoint that it goes on from; it stays. Returns the sub-folder; None where nothing was later.
     The log goes along as a copy.
     """
-    later = [path for path in epoch_checkpoints(folder) if epoch_of(path) > epoch]
+    later = [path for path in saved_epochs(folder) if epoch_of(path) > epoch]
     later += [path.with_name(f"preview_epoch{epoch_of(path)}.png") for path in later]
-    later += [path for path in (folder / BEST, folder / INTERRUPTED) if _is_later(path, step)]
+    later += [path for path in saved_between(folder) if _is_later(path, step)]
     later = [path for path in later if path.exists() and path.resolve() != chosen.resolve()]
     if not later:
         return None
@@ -118,7 +149,7 @@ def set_aside(folder: Path, chosen: Path, step: int, epoch: int) -> Path | None:
 def _is_later(path: Path, step: int) -> bool:
     """Whether the checkpoint has more steps; one that cannot be read counts as such."""
     try:
-        return path.exists() and load_checkpoint(path).step > step
+        return load_checkpoint(path).step > step
     except UserError:
         return True
 
@@ -134,7 +165,7 @@ def is_finite(*weights: dict[str, Tensor]) -> bool:
 
 def last_good(folder: Path) -> Path | None:
     """The newest epoch's checkpoint that can be read, is finite, and was not saved while steps were refused."""
-    for path in reversed(epoch_checkpoints(folder)):
+    for path in reversed(saved_epochs(folder)):
         with contextlib.suppress(UserError):
             found = load_checkpoint(path)
             if not found.guard.get("in_a_row") and is_finite(found.model, found.ema):

@@ -10,11 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from isonext.config import TrainingConfig
-from isonext.data.dataset import LatentSplit
 from isonext.errors import first_line, is_out_of_memory
-from isonext.flow.base import Base
 from isonext.flow.loss import flow_loss
-from isonext.training.batches import Batch, draw_batch
+from isonext.training.batches import Batch, Style
 from isonext.training.memory_plan import MicroBatch
 from isonext.utils.device import autocast, fitting
 from model import VelocityNetwork
@@ -28,14 +26,13 @@ class GradientAccumulator:
     def __init__(
         self,
         model: VelocityNetwork,
-        split: LatentSplit,
-        base: Base,
+        draw: Callable[[int, slice], Batch],  # those rows of the batch of an optimiser step
         training: TrainingConfig,
         accelerator: Accelerator,
         bf16: bool,
         micro_batch: MicroBatch,  # to begin with
     ) -> None:
-        self.model, self.split, self.base, self.training = model, split, base, training
+        self.model, self.draw, self.training = model, draw, training
         self.accelerator, self.device, self.bf16 = accelerator, accelerator.device, bf16
         self.micro_batch = micro_batch
         self.drawn: tuple[int, MicroBatch, list[Batch]] | None = None  # a step whose share is ready
@@ -85,7 +82,7 @@ class GradientAccumulator:
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
         """(B,) the loss of each sample; only the network runs in BF16."""
 
-        def in_bf16(x: Tensor, t: Tensor, style: Tensor) -> Tensor:
+        def in_bf16(x: Tensor, t: Tensor, style: Style) -> Tensor:
             with autocast(self.device, self.bf16):
                 return network(x, t, style)
 
@@ -96,7 +93,7 @@ class GradientAccumulator:
         if self.drawn and self.drawn[:2] == (step, self.micro_batch):
             return self.drawn[2]
         rows = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        own = draw_batch(self.split, self.base, self.training, step, self.model.null_style, rows)
+        own = self.draw(step, rows)
         size = self.micro_batch.pictures
         parts = [own.part(slice(start, start + size)) for start in range(0, len(own.t), size)]
         return [part.to(self.device, self.training.channels_last) for part in parts]

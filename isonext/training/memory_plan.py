@@ -121,12 +121,12 @@ def describe_reduction(training: TrainingConfig, chosen: MicroBatch, share: int)
 #################################################################################
 
 
-def print_plan(config: Config, vram: float | None) -> None:
-    print("\n".join(plan_lines(config, vram)))
+def print_plan(config: Config, vram: float | None, stage: int = 1) -> None:
+    print("\n".join(plan_lines(config, vram, stage)))
 
 
-def plan_lines(config: Config, vram: float | None = None) -> list[str]:
-    """What training by this config costs, and the flags that make it fit `vram` GiB; runs and writes nothing."""
+def plan_lines(config: Config, vram: float | None = None, stage: int = 1) -> list[str]:
+    """What training a stage by this config costs, and the flags that make it fit `vram` GiB; nothing is run."""
     if vram is not None and not 0 < vram <= LARGEST_CARD:  # written so that NaN fails
         raise UserError(f"--vram {vram:g}: the memory of a card in GiB, a number above 0 and at most {LARGEST_CARD}")
     card = torch.cuda.is_available()
@@ -136,7 +136,7 @@ def plan_lines(config: Config, vram: float | None = None) -> list[str]:
     root = Path(config.data.data_root)
     meta = read_meta(root) or survey(root, config)
     spec = meta.latents if meta else assumed_latents(config)
-    needs = count_needs(network_of(config, spec), spec, bf16, config.training.channels_last, on_cpu=False)
+    needs = count_needs(network_of(config, spec, stage), spec, bf16, config.training.channels_last, on_cpu=False)
     limit = USABLE * (vram * GIB - CONTEXT)
     lines = [*_known_lines(config, spec, meta, needs, bf16), *_memory_lines(config, spec, needs, vram, limit)]
     lines += [*_beside_lines(config, spec, needs("full"), bf16), ""]

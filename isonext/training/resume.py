@@ -20,19 +20,45 @@ FIXED = {  # the rest of the training section may change on the way; the whole m
     "anchor_strength": "the network knows one base",
     "anchor_cells": "the network knows one base",
 }
+FIXED_IN_STAGE_2 = FIXED | {
+    "stage2_pairs": "epochs would not line up",
+    "stage2_scales": "its pairs are of those scales",
+}
+
+NEW_IN_STAGE_2 = "source.weight", "guidance.weight"
 
 
-def find_start(folder: Path, resume: str | None) -> tuple[Path, Checkpoint] | None:
+def find_init(init: str | None, resume: str | None, stage: int) -> Checkpoint | None:
+    """The checkpoint whose weights a new run takes; UserError where it cannot be one, or where stage 2 has none."""
+    if init is None:
+        if stage == 2 and resume is None:
+            raise UserError(
+                "--stage 2 begins with a trained stage 1: give --init checkpoints/stage1_epoch200.pt, "
+                "or go on with --resume"
+            )
+        return None
+    other = load_checkpoint(init)
+    if other.stage != 1:
+        raise UserError(f"{init}: is of stage 2, and --init takes the weights of stage 1")
+    return other
+
+
+def find_start(folder: Path, resume: str | None, stage: int = 1) -> tuple[Path, Checkpoint] | None:
     """The checkpoint that `resume` names, or the folder's "newest"; None where the run starts from the beginning.
 
     UserError where a new run would write over the checkpoints of another.
     """
     if resume == "newest":
-        return newest_checkpoint(folder)
+        newest = newest_checkpoint(folder, stage)
+        if stage == 2 and newest is None:
+            raise UserError(f"{folder}: no checkpoint of stage 2 yet; start with --stage 2 --init CHECKPOINT")
+        return newest
     if resume is not None:
         found = load_checkpoint(resume)
         if not found.can_resume:
             raise UserError(f"{resume}: an exported model has no training state; start anew with --init {resume}")
+        if found.stage != stage:
+            raise UserError(f"{resume}: is of stage {found.stage}, this run of stage {stage}; see --stage and --init")
         return Path(resume), found
     if holds_checkpoints(folder):
         raise UserError(
@@ -61,6 +87,7 @@ def check_resume(checkpoint: Checkpoint, path: Path, config: Config, spec: Laten
             f"from its weights with --init {path} --set checkpoint.save_dir=FOLDER"
         )
     was, now, changes = config_to_dict(checkpoint.config), config_to_dict(config), []
+    fixed = FIXED if checkpoint.stage == 1 else FIXED_IN_STAGE_2
     for section, values in now.items():
         for key, value in values.items():
             old = was[section][key]
@@ -69,8 +96,8 @@ def check_resume(checkpoint: Checkpoint, path: Path, config: Config, spec: Laten
             if key == "anchor_strength" and (value == "auto" or value == checkpoint.base.strength):
                 continue  # auto takes what the run has
             name = f"{section}.{key}"
-            if section == "model" or (section == "training" and key in FIXED):
-                why = FIXED.get(key, "its weights are of that shape")
+            if section == "model" or (section == "training" and key in fixed):
+                why = fixed.get(key, "its weights are of that shape")
                 raise UserError(f"{path}: was trained with {name} {old}, not {value}: {why}")
             changes.append(f"{name} is now {value}, was {old}")
     return changes
@@ -81,20 +108,20 @@ def check_length(checkpoint: Checkpoint, path: Path, config: Config, steps_per_e
 
     The schedule is a function of the whole run's length, so that a longer one stretches its cosine.
     """
-    training, epochs = config.training, checkpoint.config.training.stage1_epochs
-    if checkpoint.step > training.stage1_epochs * steps_per_epoch:
+    training, key = config.training, f"stage{checkpoint.stage}_epochs"
+    epochs, asked = getattr(checkpoint.config.training, key), getattr(training, key)
+    if checkpoint.step > asked * steps_per_epoch:
         raise UserError(
-            f"{path}: has done {checkpoint.step / steps_per_epoch:.4g} epochs, more than training.stage1_epochs = "
-            f"{training.stage1_epochs}; raise that, or resume an earlier checkpoint"
+            f"{path}: has done {checkpoint.step / steps_per_epoch:.4g} epochs, more than training.{key} = "
+            f"{asked}; raise that, or resume an earlier checkpoint"
         )
     was, now = (
-        learning_rate(training, max(0, checkpoint.step - 1), count * steps_per_epoch)
-        for count in (epochs, training.stage1_epochs)
+        learning_rate(training, max(0, checkpoint.step - 1), count * steps_per_epoch) for count in (epochs, asked)
     )
     if math.isclose(was, now, rel_tol=0.1):
         return []
     return [
-        f"warning: the learning rate goes on at {now:.2g} and not at {was:.2g}: {training.stage1_epochs} epochs "
+        f"warning: the learning rate goes on at {now:.2g} and not at {was:.2g}: {asked} epochs "
         f"instead of {epochs} stretch its cosine; to hold it, --set training.lr_schedule=constant and a learning rate"
     ]
 
@@ -143,3 +170,19 @@ def take_over(
         f"weights from {path} at step {checkpoint.step}; styles kept: {', '.join(shared) or 'none'}; "
         f"new: {', '.join(new) or 'none'}"
     )
+
+
+def begin_map(
+    networks: tuple[nn.Module, nn.Module],  # stage 2's network and its average
+    checkpoint: Checkpoint,  # of stage 1
+    path: str | Path,
+    spec: LatentSpec,
+) -> str:
+    """Stage 1's averaged weights in both; what stage 2 has beside them stays zero. Returns a line that says so."""
+    if checkpoint.latents.styles != spec.styles:
+        theirs, own = (", ".join(styles) for styles in (checkpoint.latents.styles, spec.styles))
+        raise UserError(f"{path}: its styles are {theirs}, those of the store {own}; stage 2 takes those of stage 1")
+    for network in networks:
+        new = {name: tensor for name, tensor in network.state_dict().items() if name in NEW_IN_STAGE_2}
+        load_weights(network, checkpoint.ema | new, path)
+    return f"stage 2 of {path} at step {checkpoint.step}"

@@ -7,21 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from isonext.checkpoint import BEST, INTERRUPTED, Checkpoint, epoch_checkpoints, load_checkpoint, network_of
+from isonext.checkpoint import BEST, Checkpoint, build_model, epoch_checkpoints, interrupted, load_weights, network_of
 from isonext.config import Config
 from isonext.data.dataset import load_split
 from isonext.data.external import find_store
 from isonext.errors import UserError, first_line
+from isonext.models.flow_map import FlowMap
 from isonext.pipeline import Pipeline, load_codec
-from isonext.training.batches import Batch, base_of
-from isonext.training.folder import identify, is_finite, last_good, move_others_aside, new_run, set_aside, write_run
+from isonext.training.batches import Batch, Samples, base_of, check_batch_size, flow_samples
+from isonext.training.folder import begin_run, folder_of, identify, is_finite, last_good, new_run
 from isonext.training.gradients import GradientAccumulator
 from isonext.training.log import Logbook
 from isonext.training.memory_plan import (
@@ -32,7 +30,17 @@ from isonext.training.memory_plan import (
     describe_reduction,
     refuse_too_large,
 )
-from isonext.training.resume import check_length, check_resume, find_start, in_units_of, take_over
+from isonext.training.pairs import FILE, map_inference, taught_samples
+from isonext.training.processes import join_processes, peak_memory_gb
+from isonext.training.resume import (
+    begin_map,
+    check_length,
+    check_resume,
+    find_init,
+    find_start,
+    in_units_of,
+    take_over,
+)
 from isonext.training.state import StepResult, TrainState
 from isonext.training.validation import Validation
 from isonext.utils import distributed
@@ -52,12 +60,20 @@ class Trainer:
     """One training run: its data, its state, what computes its gradients and validates it, and where it is written."""
 
     def __init__(
-        self, config: Config, resume: str | None = None, init: str | None = None, autoencoder: str | None = None
+        self,
+        config: Config,
+        resume: str | None = None,
+        init: str | None = None,
+        autoencoder: str | None = None,
+        stage: int = 1,
     ) -> None:
         """`resume`: None for a new run, "newest", or a checkpoint's path; `init`: that of one whose weights to take;
-        `autoencoder`: where the store's lies now, if not where the store says."""
-        self.config, training = config, config.training
-        self.folder = Path(config.checkpoint.save_dir)
+        `autoencoder`: where the store's lies now, if not where the store says; `stage`: 2 learns the map of `init`."""
+        self.config, self.stage, training = config, stage, config.training
+        self.inference = config.inference if stage == 1 else map_inference(config)
+        self.folder = folder_of(config, stage)
+        self.interrupted = self.folder / interrupted(stage)
+        other = find_init(init, resume, stage)
         self.accelerator = join_processes()
         self.device = self.accelerator.device
         self.bf16 = training.use_amp and has_bf16(self.device)
@@ -66,13 +82,12 @@ class Trainer:
         root = Path(config.data.data_root)
         meta = find_store(root, config)
         self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
-        other = load_checkpoint(init) if init else None
         self.spec = self.train.spec = self.val.spec = in_units_of(meta.latents, other, init)
-        self._check_sizes()
+        check_batch_size(self.drawn, config, stage, self.accelerator.num_processes)
         of_auto = other.base.strength if other else None  # its weights know one base
         self.base, self.choice = base_of(self.train, training, of_auto)
 
-        network = network_of(config, self.spec)
+        network = network_of(config, self.spec, stage)
         self.share = training.batch_size // self.accelerator.num_processes
         micro_batch = self._choose_micro_batch(network)
         torch.manual_seed(training.seed)
@@ -80,23 +95,23 @@ class Trainer:
         model = network(recompute=micro_batch.recompute)
         model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks memory_format
         self.state = TrainState.start(model, training)
-        self.steps_per_epoch = len(self.train) // training.batch_size
-        self.total_steps = training.stage1_epochs * self.steps_per_epoch
+        self.steps_per_epoch = self.drawn // training.batch_size
+        self.total_steps = self.steps_per_epoch * (training.stage1_epochs if stage == 1 else training.stage2_epochs)
         self.quarter_sums = torch.zeros(2, 4, device=self.device)  # summed losses and counts by quarter of t
         self.clipped = 0  # steps since the last line of the log
         self.run = new_run()
         self.branches_from: Path | None = None  # the checkpoint that was asked for by name
+        self.teacher: dict[str, Tensor] = {}  # stage 1's averaged weights, in stage 2
         self._resume(resume)
         if autoencoder:  # checked now, not at the first validation; checkpoints will name this place
             self.spec.autoencoder = load_codec(self.spec, self.device, str(root), autoencoder).name
         if other and init:
-            self.accelerator.print(take_over((model, self.state.ema.model), other, init, self.spec))
-            self.state.ema.head_start = other.ema_head_start + other.step
+            self._begin_from(other, init)
         if self.accelerator.is_main_process:
             remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
-        self.gradients = GradientAccumulator(
-            model, self.train, self.base, training, self.accelerator, self.bf16, micro_batch
-        )
+        self.samples = self._make_samples()
+        draw = self.samples.draw
+        self.gradients = GradientAccumulator(model, draw, training, self.accelerator, self.bf16, micro_batch)
         self.gradients.prepare(self.state.step, compiled=training.compile and not self.finished)
         self.stopped = 0  # the exit status: of a signal, or 1 where the last epoch could not be saved
         self.validation = self._make_validation()
@@ -105,15 +120,10 @@ class Trainer:
     def finished(self) -> bool:
         return self.state.step >= self.total_steps
 
-    def _check_sizes(self) -> None:
-        batch, world = self.config.training.batch_size, self.accelerator.num_processes
-        if len(self.train) < batch:
-            raise UserError(
-                f"{self.config.data.data_root}: {len(self.train)} training pictures, fewer than one batch of {batch}; "
-                f"add pictures or use --set training.batch_size={max(1, len(self.train))}"
-            )
-        if batch % world:
-            raise UserError(f"training.batch_size = {batch} cannot be shared by {world} processes evenly")
+    @property
+    def drawn(self) -> int:
+        """What an epoch draws from: pictures, or the teacher's pairs."""
+        return len(self.train) if self.stage == 1 else self.config.training.stage2_pairs
 
     def _choose_micro_batch(self, network: Callable[..., VelocityNetwork]) -> MicroBatch:
         """As the config says, or as the free memory allows; a CPU's is shared by all processes."""
@@ -126,7 +136,7 @@ class Trainer:
 
     def _resume(self, resume: str | None) -> None:
         """Go on where a checkpoint of this run stands, if there is one."""
-        found = find_start(self.folder, resume)
+        found = find_start(self.folder, resume, self.stage)
         if found is None:
             if resume:
                 self.accelerator.print(f"{self.folder}: no checkpoint yet, starting from the beginning")
@@ -139,13 +149,40 @@ class Trainer:
         # The statistics stay those of the start: the network's units must not move under it.
         known = checkpoint.latents
         self.spec = self.train.spec = self.val.spec = replace(self.spec, mean=known.mean, std=known.std)
-        self.base, self.choice = checkpoint.base, ""
+        self.base, self.choice, self.teacher = checkpoint.base, "", checkpoint.teacher
         self.state.load_tree(vars(checkpoint), path)
         if self.accelerator.is_main_process and checkpoint.log:  # the sums are over all processes
             self.quarter_sums += checkpoint.log["sums"].to(self.device)
         self.clipped = checkpoint.log.get("clipped", 0)
         self.branches_from = None if resume == "newest" else path
         self.accelerator.print(f"resumed from {path} at step {self.state.step}")
+
+    def _begin_from(self, other: Checkpoint, init: str) -> None:
+        """Take the weights of another run: of stage 1, on new pictures or as the teacher of stage 2."""
+        networks = self.state.model, self.state.ema.model
+        if self.stage == 1:
+            self.accelerator.print(take_over(networks, other, init, self.spec))
+            self.state.ema.head_start = other.ema_head_start + other.step
+        else:
+            self.accelerator.print(begin_map(networks, other, init, self.spec))
+            self.base, self.teacher = other.base, other.ema
+
+    def _make_samples(self) -> Samples:
+        training, splits = self.config.training, (self.train, self.val)
+        if self.stage == 1:
+            return flow_samples(*splits, self.base, training, null_style=len(self.spec.styles))
+        path = self.folder / FILE
+        return taught_samples(self.config, *splits, path, self.teacher, self._make_teacher, self.accelerator)
+
+    def _make_teacher(self) -> Pipeline:
+        network = build_model(self.config, self.spec)
+        load_weights(network, self.teacher, "the teacher")
+        network = network.eval().requires_grad_(False)
+        return self._make_pipeline(network.to(self.device, memory_format=torch.channels_last))  # type: ignore[call-overload]  # torch's stub lacks memory_format
+
+    def _make_pipeline(self, network: VelocityNetwork) -> Pipeline:
+        codec = load_codec(self.spec, self.device, self.config.data.data_root)
+        return Pipeline(network, codec, self.spec, self.device, self.bf16, base=self.base)
 
     def _make_validation(self) -> Validation:
         training, averaged = self.config.training, self.state.ema.model
@@ -155,11 +192,13 @@ class Trainer:
             return self.gradients.losses(averaged, batch.to(self.device, training.channels_last))
 
         def make_pipeline() -> Pipeline:
-            codec = load_codec(self.spec, self.device, self.config.data.data_root)
-            return Pipeline(averaged, codec, self.spec, self.device, self.bf16, base=self.base)
+            pipeline = self._make_pipeline(averaged)
+            if isinstance(averaged, FlowMap):  # no transfer by map asks for the flow
+                pipeline.map, pipeline.scales = averaged, training.stage2_scales
+            return pipeline
 
-        splits = self.train, self.val
-        return Validation(*splits, self.base, training, self.config.inference, averaged, losses, make_pipeline)
+        splits, samples, steps = (self.train, self.val), self.samples, self.steps_per_epoch
+        return Validation(*splits, training, self.inference, averaged, losses, samples, steps, make_pipeline)
 
     #############################################################################
     #                                 The loop                                  #
@@ -215,17 +254,11 @@ class Trainer:
 
     def _begin(self) -> None:
         """Make the folder this run's. What it saved after a checkpoint that was asked for by name is another branch."""
-        for other in move_others_aside(self.folder, self.run):
-            print(f"what was there of another run now lies in {other}")
-        write_run(self.folder, self.run)
+        begin_run(self.folder, self.run, self.branches_from, self.state.step, self.steps_per_epoch)
         if self.branches_from is None:
             return
-        step = self.state.step
-        left = set_aside(self.folder, self.branches_from, step, step // self.steps_per_epoch)
-        if left:
-            print(f"what was saved after step {step} now lies in {left}")
-        if not self.finished and self.branches_from.resolve() != (self.folder / INTERRUPTED).resolve():
-            self.save(self.folder / INTERRUPTED)  # from here --resume goes on, until there is a newer one
+        if not self.finished and self.branches_from.resolve() != self.interrupted.resolve():
+            self.save(self.interrupted)  # from here --resume goes on, until there is a newer one
         self.branches_from = None
 
     def _save_interrupted(self) -> None:
@@ -235,8 +268,8 @@ class Trainer:
                 f"stopped at step {self.state.step}: the weights are not finite and were not saved; {self._last_good()}"
             )
             return
-        self.save(self.folder / INTERRUPTED)
-        print(f"stopped at step {self.state.step}: saved {self.folder / INTERRUPTED}; go on with --resume")
+        self.save(self.interrupted)
+        print(f"stopped at step {self.state.step}: saved {self.interrupted}; go on with --resume")
 
     def _is_finite(self) -> bool:
         return is_finite(self.state.model.state_dict(), self.state.ema.model.state_dict())
@@ -286,7 +319,7 @@ class Trainer:
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
             numbers = self.validation.validate(self.gradients.micro_batch.pictures, epoch, self.finished)
             logbook.write(self.state.step, numbers)
-            if self.finished and self.config.inference.cfg_scale == "auto":
+            if self.finished and self.inference.cfg_scale == "auto":
                 self.validation.measure_front()
             if self._is_sound() and numbers.get("val_score", 0) > self.best_score:
                 self.best_score = numbers["val_score"]
@@ -306,15 +339,17 @@ class Trainer:
             advice = f": {LOWER_RATE}" if self.finished else ""
             print(f"warning: epoch {epoch} is not saved: {why}; {self._last_good()}{advice}")
             return
-        self.save(self.folder / f"stage1_epoch{epoch}.pt")
-        (self.folder / INTERRUPTED).unlink(missing_ok=True)
-        for old in epoch_checkpoints(self.folder)[: -self.config.training.keep_checkpoints]:  # [:-0] is none
+        self.save(self.folder / f"stage{self.stage}_epoch{epoch}.pt")
+        self.interrupted.unlink(missing_ok=True)
+        kept = self.config.training.keep_checkpoints
+        for old in epoch_checkpoints(self.folder, self.stage)[:-kept]:  # [:-0] is none
             old.unlink()
 
     def save(self, path: Path) -> None:
         """The whole state, in one file; where there is no room for it, nothing is lost but the steps since the last."""
         checkpoint = Checkpoint(
-            config=self.config,
+            config=replace(self.config, inference=self.inference),
+            teacher=self.teacher,
             latents=self.spec,
             base=self.base,
             store=self.train.digest,
@@ -343,43 +378,22 @@ class Trainer:
         )
 
 
-def join_processes() -> Accelerator:
-    """This process, and those that it was launched with."""
-    # Autocast wraps the network alone, not accelerate's; without GPUs it must be told of several processes.
-    many_on_cpu = distributed.world() > 1 and not torch.cuda.is_available()
-    patience = InitProcessGroupKwargs(timeout=distributed.PATIENCE)
-    # A launcher's variables would cut the gradients (accumulation) or compile once more (dynamo); the config decides.
-    return Accelerator(
-        cpu=many_on_cpu,
-        mixed_precision="no",
-        dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy
-    )
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """CUDA's peak of reserved memory; elsewhere what the process occupies now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
 def train(
     config: Config,
     resume: str | None = None,
     init: str | None = None,
     autoencoder: str | None = None,
     quiet: bool | None = None,
+    stage: int = 1,
 ) -> Trainer:
     """Run (or go on with) the training that `config` describes, see `Trainer`; Ctrl-C and SIGTERM save first."""
     # DDP warns of the memory layout of depthwise weights (stride of a dimension of 1), which costs it nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    folder, data = Path(config.checkpoint.save_dir), config.data
+    folder, data = folder_of(config, stage), config.data
     for root, key in ((data.raw_data_root, "data.raw_data_root"), (data.data_root, "data.data_root")):
         refuse_inside(str(folder), "checkpoint.save_dir", root, key)
     with stop_signals() as stop, distributed.folder_lock(folder), distributed.peers_needed():
-        trainer = Trainer(config, resume, init, autoencoder)
+        trainer = Trainer(config, resume, init, autoencoder, stage)
         trainer.accelerator.print(trainer.describe())
         trainer.fit(stop, quiet)
     return trainer

@@ -17,11 +17,10 @@ from isonext.data.dataset import LatentSplit
 from isonext.errors import UserError, first_line, is_out_of_memory
 from isonext.evaluation.evaluator import base_figures, point
 from isonext.evaluation.metrics import StyleClassifier, ssim, train_style_classifier
-from isonext.flow.base import Base
 from isonext.flow.transfer import TransferSettings, latents_of
 from isonext.models.cost import call_flops, forward_flops, step_flops
 from isonext.pipeline import Pipeline, Style, front_line, transfer_settings
-from isonext.training.batches import Batch
+from isonext.training.batches import Batch, Samples
 from isonext.training.watching import (
     MOST_PREVIEWED,
     MOST_ROWS,
@@ -57,11 +56,12 @@ class Validation:
 
     train: LatentSplit
     val: LatentSplit  # held out; empty where nothing is
-    base: Base
     training: TrainingConfig
     inference: InferenceConfig  # of the transfers
     network: VelocityNetwork  # the averaged one
     losses: Callable[[Batch], Tensor]  # (B,) of the averaged network
+    samples: Samples  # for the held-out loss
+    steps: int  # an epoch
     make_pipeline: Callable[[], Pipeline]  # the averaged network and its autoencoder; asked for once
     figures: "TransferFigures | None" = None  # made when they are first asked for
     front: dict = field(default_factory=dict)  # see `measure_front`
@@ -76,26 +76,37 @@ class Validation:
     @property
     def settings(self) -> TransferSettings:
         """Of the transfers on the way: at one scale all along, so that figures can be compared."""
-        return transfer_settings(self.inference, front={"scale": WATCHED_SCALE})
+        scale = WATCHED_SCALE
+        if self.inference.method == "map":
+            low, high = self.training.stage2_scales
+            scale = min(max(scale, low), high)
+        return transfer_settings(self.inference, front={"scale": scale})
+
+    @property
+    def scales(self) -> list[float]:
+        """Among which `auto` chooses; of stage 2, among those that it was taught."""
+        if self.inference.method != "map":
+            return list(SCALES)
+        low, high = self.training.stage2_scales
+        return sorted({low, high, *(scale for scale in SCALES if low <= scale <= high)})
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
         return self.make_pipeline()
 
     @functools.cached_property
-    def _counts(self) -> tuple[int, int, int]:
-        """Steps an epoch; operations of a step, and of an evaluation of one picture."""
-        batch, space = self.training.batch_size, self.val.spec.space
-        step, evaluation = step_flops(self.network, batch, space), forward_flops(self.network, 1, space)
-        return len(self.train) // batch, step, evaluation
+    def _counts(self) -> tuple[int, int]:
+        """Operations of a step, and of an evaluation of one picture."""
+        space = self.val.spec.space
+        return step_flops(self.network, self.training.batch_size, space), forward_flops(self.network, 1, space)
 
     @functools.cached_property
     def plan(self) -> WatchPlan:
         """How many pictures figures and previews are of, and when there are figures."""
-        (steps, step, evaluation), spec = self._counts, self.val.spec
+        (step, evaluation), spec = self._counts, self.val.spec
         decoding = call_flops(self.pipeline.codec.decode, (1, spec.channels, *spec.space), self.pipeline.device)
         cost = Operations(step, evaluation, decoding, *transfer_evaluations(self.settings))
-        return plan_watching(self.training, steps, len(spec.styles), len(self.val), cost)
+        return plan_watching(self.training, self.steps, len(spec.styles), len(self.val), cost)
 
     def validate(self, pictures: int, epoch: int, last: bool) -> dict[str, float]:
         """All figures by the names they have in the log; `pictures` at once are known to fit."""
@@ -113,7 +124,7 @@ class Validation:
         """Style success and SSIM at each of SCALES, and which of those `auto` is, for the checkpoint."""
         with dispensable("front for cfg_scale auto"):
             figures, points = TransferFigures(self.pipeline, self.train, self.val, self.settings), []
-            for scale in SCALES:
+            for scale in self.scales:
                 numbers = figures.measure(scale)
                 success, similarity = numbers["val_style_success"], numbers["val_ssim"]
                 points.append({"cfg_scale": scale, "style_success": success, "ssim": similarity})
@@ -124,22 +135,15 @@ class Validation:
     @property
     def loss_count(self) -> int:
         """The pictures of the held-out loss."""
-        steps, step, evaluation = self._counts
-        return count_losses(self.training, steps, len(self.val), step, evaluation)
+        return count_losses(self.training, self.steps, self.samples.held, *self._counts)
 
     @torch.no_grad()
     def held_out_loss(self, pictures: int) -> float:
-        """The loss on held-out latents, with noise and times that never change."""
-        total, count = 0.0, self.loss_count
-        generator = seeded(self.training.seed, "validation", 0)
-        chosen = torch.randperm(len(self.val), generator=generator)[:count]
-        noise = torch.randn(count, *self.val.latents.shape[2:], generator=generator)
-        times = (torch.arange(count) + 0.5) / count  # spread evenly, so that few pictures suffice
-        for start in range(0, count, pictures):
-            part = slice(start, start + pictures)
-            x1, style = self.val.batch(chosen[part])
-            total += self.losses(Batch(self.base.x0(noise[part], x1, style), x1, times[part], style)).sum().item()
-        return total / count
+        """The loss on held-out samples; `pictures` at once."""
+        count = self.loss_count
+        batch = self.samples.held_out(count)
+        parts = (batch.part(slice(start, start + pictures)) for start in range(0, count, pictures))
+        return sum(self.losses(part).sum().item() for part in parts) / count
 
     def save_preview(self, path: Path, epoch: int, last: bool) -> None:
         """The sheet, of held-out pictures where there are any; not after every epoch where that would cost too much."""
@@ -249,7 +253,7 @@ class TransferFigures:
         numbers = {"val_style_success": success, "val_ssim": similarity}
         numbers["val_score"] = math.sqrt(success * max(0.0, similarity))
         known = {str(style): x0.cpu() for style, x0 in structures.items() if x0 is not None and len(x0) >= 5}
-        if len(known) < len(self.held):  # too few for a probe, or flowedit, which has no structure
+        if len(known) < len(self.held):  # too few for a probe, or a method that has no structure
             return numbers
         return numbers | {"val_leakage": point(base_figures(known)["leakage"])}
 
@@ -257,9 +261,9 @@ class TransferFigures:
 def transferred(
     pipeline: Pipeline, latents: Tensor, source: Style, targets: list[int], settings: TransferSettings
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The latents (n, C, h, w) in every target style, inverted once, and their structure x0; flowedit has none."""
+    """The latents (n, C, h, w) in every target style, inverted once, and their structure x0, if the method has one."""
     x1 = latents.to(pipeline.device)
-    if settings.method == "flowedit":
+    if settings.method in ("flowedit", "map"):
         return [pipeline.transfer(x1, source, target, settings).latents for target in targets], None
     inverted = pipeline.invert(x1, source, settings)
     moved = [pipeline.generate(inverted, source, target, settings).latents for target in targets]

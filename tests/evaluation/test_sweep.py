@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import CHECKPOINT, refused
+from helpers import CHECKPOINT, refused, second_stage
 from isonext.evaluation import evaluator, sweep
 from isonext.evaluation.evaluator import Direction, Evaluation, base_figures
 from isonext.evaluation.intervals import bootstrap, share, share_difference
@@ -330,3 +330,15 @@ def test_leakage_of_paired_pictures_has_the_interval_of_pictures_and_not_of_thei
     structures = {"a": noise[0] + 9, "b": noise[1] - 9}  # the probe is always right
     each, paired = (base_figures(structures, pictures)["leakage"] for pictures in (None, torch.arange(30).repeat(2)))
     assert each == share(torch.ones(60, dtype=torch.bool)) and paired == share(torch.ones(30, dtype=torch.bool))
+
+
+def test_stage_2_is_measured_by_its_map_which_has_no_structure_and_beside_its_teacher(report, studio):
+    second = second_stage(studio / CHECKPOINT, studio / "stage2_measured.pt")
+    flags = ("--checkpoint", second, "--set", "inference.cfg_scale=3")
+    by_map, by_alf = report(*flags, "--limit", "5", "--sweep", "method=map,alf", "--quick")[0]["results"]
+    assert [result["settings"]["method"] for result in (by_map, by_alf)] == ["map", "alf"]
+    assert not by_map["base"] and by_alf["base"]
+    for each in report(*flags)[0]["results"][0]["directions"]:
+        assert (each["round_trip_differing"], each["round_trip_elements"]) == (0, ELEMENTS)
+    refused(report(*flags, "--sweep", "cfg_scale=3,5", raw=True), "cfg_scale 5", "from 1 to 4")
+    refused(report("--set", "inference.method=map", raw=True), "method map", "stage 1")

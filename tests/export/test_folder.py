@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import isonext
-from helpers import CHECKPOINT, ROOT, refused
+from helpers import CHECKPOINT, ROOT, refused, second_stage
 from isonext.checkpoint import load_checkpoint
 from isonext.data import images
 from isonext.data.model_folder import read_model, write_model
@@ -443,3 +443,23 @@ def test_what_is_wrong_with_a_call_is_one_line(exported, monkeypatch, studio, ca
     with pytest.raises(AttributeError, match="no attribute 'FlowPipeline'"):
         isonext.FlowPipeline  # noqa: B018
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_model_of_stage_2_takes_its_teacher_along_and_is_none_for_onnx(studio, within, tmp_path):
+    second = second_stage(studio / CHECKPOINT, tmp_path / "stage2_epoch1.pt")
+    status, _, err = within("export", "--checkpoint", second, "--output", tmp_path / "few")
+    assert status == 0, err
+    two, back = load_checkpoint(second), load_checkpoint(tmp_path / "few")
+    assert back.stage == 2 and back.config.inference.method == "map"
+    for mine, theirs in ((two.ema, back.ema), (two.teacher, back.teacher)):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    made = []
+    for number, model in enumerate((second, tmp_path / "few")):
+        flags = ("--checkpoint", model, *STYLES, "--input", PICTURE, "--output", tmp_path / f"{number}.png")
+        status, out, err = within("inference", *flags)
+        assert status == 0 and "map, one leg of 3 steps" in out, err
+        made.append((tmp_path / f"{number}.png").read_bytes())
+    assert made[0] == made[1]
+    flags = ("--checkpoint", second, "--output", tmp_path / "onnx", "--format", "onnx")
+    refused(within("export", *flags), "stage 2", "--format onnx")
+    assert not (tmp_path / "onnx").exists()

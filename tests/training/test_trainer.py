@@ -245,7 +245,7 @@ def test_labels_are_dropped_at_their_rate_and_the_others_are_the_pictures(probab
 
 
 def test_half_of_the_pictures_are_mirrored_as_a_whole_and_times_and_noise_have_their_distribution():
-    batches = drawn(256, 64, range(64))
+    batches = drawn(256, 64, range(64), time_sampling="uniform")
     mirrored = torch.cat([b.x1[:, 1] for b in batches]).flatten(1)
     assert set(mirrored.unique().tolist()) == {-1.0, 1.0} and (mirrored == mirrored[:, :1]).all()
     assert abs((mirrored[:, 0] < 0).double().mean().item() - 0.5) < 4 * 0.5 / 64
