@@ -41,7 +41,9 @@ SHAPE = Shape(
     FlowConfig(hidden_dim=48, num_layers=2, num_heads=2),
     autoencoder_steps=260,
     flow_steps=500,
-    training=TrainingConfig(batch_size=48, learning_rate=2e-3, ema_decay=0.98, warmup_steps=20),
+    training=TrainingConfig(
+        batch_size=48, learning_rate=2e-3, ema_decay=0.98, warmup_steps=20, time_sampling="uniform"
+    ),
 )
 
 
