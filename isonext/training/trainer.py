@@ -79,21 +79,8 @@ class Trainer:
         self.bf16 = training.use_amp and has_bf16(self.device)
         allow_tf32(training.tf32)
         prepare_process()
-        root = Path(config.data.data_root)
-        meta = find_store(root, config)
-        self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
-        self.spec = self.train.spec = self.val.spec = in_units_of(meta.latents, other, init)
-        check_batch_size(self.drawn, config, stage, self.accelerator.num_processes)
-        of_auto = other.base.strength if other else None  # its weights know one base
-        self.base, self.choice = base_of(self.train, training, of_auto)
-
-        network = network_of(config, self.spec, stage)
-        self.share = training.batch_size // self.accelerator.num_processes
-        micro_batch = self._choose_micro_batch(network)
-        torch.manual_seed(training.seed)
-        layout = torch.channels_last if training.channels_last else torch.contiguous_format
-        model = network(recompute=micro_batch.recompute)
-        model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks memory_format
+        self._load_data(other, init)
+        micro_batch, model = self._make_model()
         self.state = TrainState.start(model, training)
         self.steps_per_epoch = self.drawn // training.batch_size
         self.total_steps = self.steps_per_epoch * (training.stage1_epochs if stage == 1 else training.stage2_epochs)
@@ -104,7 +91,7 @@ class Trainer:
         self.teacher: dict[str, Tensor] = {}  # stage 1's averaged weights, in stage 2
         self._resume(resume)
         if autoencoder:  # checked now, not at the first validation; checkpoints will name this place
-            self.spec.autoencoder = load_codec(self.spec, self.device, str(root), autoencoder).name
+            self.spec.autoencoder = load_codec(self.spec, self.device, config.data.data_root, autoencoder).name
         if other and init:
             self._begin_from(other, init)
         if self.accelerator.is_main_process:
@@ -115,6 +102,26 @@ class Trainer:
         self.gradients.prepare(self.state.step, compiled=training.compile and not self.finished)
         self.stopped = 0  # the exit status: of a signal, or 1 where the last epoch could not be saved
         self.validation = self._make_validation()
+
+    def _load_data(self, other: Checkpoint | None, init: str | None) -> None:
+        """The latents of both splits, in the units of the weights that are taken over, and the base."""
+        config, root = self.config, Path(self.config.data.data_root)
+        meta = find_store(root, config)
+        self.train, self.val = (load_split(root, meta, split) for split in ("train", "val"))
+        self.spec = self.train.spec = self.val.spec = in_units_of(meta.latents, other, init)
+        check_batch_size(self.drawn, config, self.stage, self.accelerator.num_processes)
+        of_auto = other.base.strength if other else None  # its weights know one base
+        self.base, self.choice = base_of(self.train, config.training, of_auto)
+
+    def _make_model(self) -> tuple[MicroBatch, VelocityNetwork]:
+        """How a process goes through its share of a batch, and the network as it is at the start of a run."""
+        training, network = self.config.training, network_of(self.config, self.spec, self.stage)
+        self.share = training.batch_size // self.accelerator.num_processes
+        micro_batch = self._choose_micro_batch(network)
+        torch.manual_seed(training.seed)
+        layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        model = network(recompute=micro_batch.recompute)
+        return micro_batch, model.to(self.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks memory_format
 
     @property
     def finished(self) -> bool:
