@@ -6,16 +6,17 @@ encode: pixels -> standardised latents;   transfer: latents -> latents;   decode
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isonext.checkpoint import load_checkpoint, load_map, load_model
-from isonext.config import Config, InferenceConfig
+from isonext.config import Config, InferenceConfig, apply_overrides, config_from_dict
 from isonext.data.autoencoder import Autoencoder, DctCodec, load_autoencoder, tiled
 from isonext.data.images import pad_to_multiple
 from isonext.data.store import LatentSpec
@@ -291,6 +292,24 @@ def load_pipeline(path: str | Path, device: torch.device, autoencoder: str | Non
         pipeline.scales = checkpoint.config.training.stage2_scales
         pipeline.map = few_steps.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as above
     return pipeline, checkpoint.config
+
+
+def settled(
+    tree: dict, overrides: Iterable[str], flags: dict[str, Any] | None = None, where: str = "settings"
+) -> Config:
+    """The config dict of a checkpoint under --set, under flags of its inference section.
+
+    Where those take another method than the map of stage 2, which has one step, its legs have the usual number.
+    """
+
+    def change(tree: dict) -> Config:
+        tree = apply_overrides(tree, overrides)
+        return config_from_dict(tree | {"inference": tree["inference"] | (flags or {})}, where=where)
+
+    config = change(tree)
+    if tree["inference"]["method"] == "map" != config.inference.method:
+        return change(tree | {"inference": tree["inference"] | {"num_steps": InferenceConfig.num_steps}})
+    return config
 
 
 def transfer_settings(

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from helpers import CHECKPOINT, refused, second_stage
+from isonext.config import Config, config_to_dict
 from isonext.data.autoencoder import load_autoencoder
 from isonext.errors import UserError
 from isonext.flow.transfer import TransferSettings
-from isonext.pipeline import load_codec, load_pipeline
+from isonext.pipeline import load_codec, load_pipeline, settled
 
 CPU = torch.device("cpu")
 DIGEST = load_autoencoder("dct:f4c12", CPU).digest
@@ -151,3 +152,21 @@ def test_the_map_runs_in_the_precision_of_the_pipeline(studio):
     for pipeline.bf16 in (False, True):
         found.append(pipeline.transfer(latents, 0, 1, how).latents)
     assert 1e-5 < (found[0] - found[1]).abs().max() < 0.2 * (found[0] - latents).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flags", "steps"),
+    [
+        ([], {}, 1),
+        ([], {"num_steps": 4}, 4),
+        ([], {"method": "alf"}, 20),
+        (["inference.method=heun"], {}, 20),
+        (["inference.method=heun", "inference.num_steps=7"], {"cfg_scale": 3.0}, 7),
+        (["inference.method=heun"], {"method": "map"}, 1),
+    ],
+)
+def test_legs_in_place_of_the_map_have_the_usual_steps(overrides, flags, steps):
+    tree = config_to_dict(Config())
+    tree["inference"] |= {"method": "map", "num_steps": 1}
+    assert settled(tree, overrides, flags).inference.num_steps == steps
+    assert tree["inference"]["num_steps"] == 1

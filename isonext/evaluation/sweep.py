@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from isonext.config import Config, apply_overrides, config_from_dict, config_to_dict, named_autoencoder
+from isonext.config import Config, config_to_dict, named_autoencoder
 from isonext.data.dataset import open_store
 from isonext.errors import UserError
 from isonext.evaluation.evaluator import Evaluator, Pictures, encode_styles, load_styles
@@ -14,7 +14,7 @@ from isonext.evaluation.options import EvaluateOptions, swept_combinations
 from isonext.evaluation.perceptual import Perceptual
 from isonext.evaluation.report import FILES, report_text, write_report
 from isonext.flow.transfer import TransferSettings
-from isonext.pipeline import Pipeline, front_line, load_pipeline, transfer_settings
+from isonext.pipeline import Pipeline, front_line, load_pipeline, settled, transfer_settings
 from isonext.utils.device import pick_device
 from isonext.utils.distributed import refuse_several
 from isonext.utils.io import check_output
@@ -61,8 +61,7 @@ def load_runs(options: EvaluateOptions) -> list[Run]:
         if trained.training.compile:
             pipeline.compile()
         for combination in combinations:
-            tree = apply_overrides(config_to_dict(trained), combination.overrides)
-            config = config_from_dict(tree, where="settings")
+            config = settled(config_to_dict(trained), combination.overrides, where="settings")
             settings = transfer_settings(config.inference, combination.strength, front=pipeline.front)
             pipeline.check_settings(settings)
             if config.inference.cfg_scale == "auto":

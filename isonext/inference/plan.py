@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isonext.config import OF_THE_LEGS, apply_overrides, config_from_dict, config_to_dict, load_config
+from isonext.config import OF_THE_LEGS, config_to_dict, load_config
 from isonext.errors import UserError
 from isonext.flow.certificate import Certificate
 from isonext.flow.transfer import EXACT, TransferSettings
@@ -21,7 +21,7 @@ from isonext.inference.options import (
 )
 from isonext.inference.structure_file import SUFFIX, Structure, refuse_other_bits, refuse_other_shape
 from isonext.models.cost import forward_flops
-from isonext.pipeline import Pipeline, front_line, load_pipeline, transfer_settings
+from isonext.pipeline import Pipeline, front_line, load_pipeline, settled, transfer_settings
 from isonext.utils import distributed
 from isonext.utils.device import allow_tf32, pick_device
 from isonext.utils.schema import placed
@@ -164,9 +164,7 @@ def resolve_settings(
     A kept structure brings the settings of its legs along; only the guidance of a new generation leg is free.
     """
     tree = config_to_dict(load_config(options.config)) if options.config else trained
-    tree = apply_overrides(tree, options.overrides)
-    tree["inference"] |= options.flags
-    inference = config_from_dict(tree, where="inference settings").inference
+    inference = settled(tree, options.overrides, options.flags, "inference settings").inference
     settings = transfer_settings(inference, options.strength, options.seed, front)
     if tell and front and inference.cfg_scale == "auto":
         print(front_line(front))

@@ -97,7 +97,7 @@ def sampling_settings(options: SampleOptions, trained: dict, spec: LatentSpec, b
                 "to guide towards; leave it out"
             )
         flags["cfg_scale"] = 1.0
-    if trained["inference"]["method"] == "map":  # of stage 2: samples are of its teacher, with the usual solver
+    if trained["inference"]["method"] == "map":  # of stage 2: samples are of its teacher
         usual = {"method": InferenceConfig.method, "num_steps": InferenceConfig.num_steps}
         trained = trained | {"inference": trained["inference"] | usual}
     settings = resolve_settings(replace(options.settings, flags=flags), trained, options.network.checkpoint)

@@ -1038,6 +1038,10 @@ def test_the_teacher_of_stage_2_makes_the_pictures_of_stage_1(few, infer, tmp_pa
         few("--target_style", "warm", *flags, "--method", "alf", "--output", tmp_path / "two.png", "--certify")
     )
     assert "alf, 2 steps a leg" in out and same(tmp_path / "one.png", tmp_path / "two.png")
+    to_warm = ("--target_style", "warm", "--input", PICTURE, "--output", tmp_path / "usual.png")
+    assert "alf, 20 steps a leg" in out_of(few(*to_warm, "--method", "alf"))  # not the map's one step
+    assert "heun, 20 steps a leg" in out_of(few(*to_warm, "--set", "inference.method=heun"))
+    assert "alf, 1 steps a leg" in out_of(few(*to_warm, "--method", "alf", "--num_steps", "1"))
 
 
 def test_a_structure_of_map_gives_the_original_and_other_styles_without_it(few, infer, second, tmp_path):
