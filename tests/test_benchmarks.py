@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fake_peer import write_fake_peer
-from helpers import CHECKPOINT, ROOT, call, call_within, refused
+from helpers import CHECKPOINT, ROOT, call, call_within, refused, second_stage
 from isonext.config import config_to_dict
 from isonext.data import images
 from isonext.evaluation.evaluator import load_styles
@@ -117,7 +117,34 @@ def test_transfer_benchmark_times_the_parts_of_each_batch_size(studio):
     assert [(row["batch"], row["nfe"]) for row in rows] == [(1, 21 + 2 * 21), (3, 21 + 2 * 21)]
     for row in rows:  # of one round, so that the parts add up
         parts = [row[part] for part in ("encode", "invert", "generate", "decode")]
-        assert row["all"] == pytest.approx(sum(parts), abs=0.05)
+        assert row["all"] == pytest.approx(sum(parts), abs=0.05) and row["speed"] == row["network_speed"] == 1
+
+
+GENERATOR = """
+import torch
+def define_G(input_nc, output_nc, ngf, netG, norm):
+    assert (input_nc, output_nc, ngf, netG, norm) == (3, 3, 64, 'resnet_9blocks', 'instance')
+    return torch.nn.Conv2d(3, 3, 1)
+"""
+
+
+@pytest.mark.slow
+def test_transfer_benchmark_times_stage_2_beside_its_teacher_and_a_peers_generator(studio, tmp_path):
+    code = write_fake_peer(tmp_path / "code")
+    (code / "models" / "networks.py").write_text(GENERATOR)
+    second = second_stage(studio / CHECKPOINT, tmp_path / "stage2_epoch1.pt")
+    flags = ["--checkpoint", second, "--batch_sizes", "2", "--rounds", "1", "--steps", "1", "3", "--code", code]
+    done = call(studio, "benchmarks/transfer.py", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    found = [(row["name"], row["nfe"]) for row in rows]
+    assert found == [("alf, 20 steps", 21 + 2 * 21), ("map, 1 steps", 1), ("map, 3 steps", 5), ("ResNet-9", 1)]
+    network = [row["invert"] + row["generate"] for row in rows]
+    for row, own in zip(rows, network, strict=True):
+        assert row["network_speed"] == pytest.approx(network[0] / own, abs=0.02, rel=0.1)  # of rounded ms
+        assert row["speed"] == pytest.approx(rows[0]["all"] / row["all"], rel=0.05)
+    (code / "models" / "networks.py").unlink()
+    refused(call_within(studio, "benchmarks.transfer", *map(str, flags)), "--code", "no models/networks.py", "checkout")
 
 
 @pytest.mark.slow
