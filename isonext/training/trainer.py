@@ -399,8 +399,9 @@ def train(
     folder, data = folder_of(config, stage), config.data
     for root, key in ((data.raw_data_root, "data.raw_data_root"), (data.data_root, "data.data_root")):
         refuse_inside(str(folder), "checkpoint.save_dir", root, key)
-    with stop_signals() as stop, distributed.folder_lock(folder), distributed.peers_needed():
+    with distributed.folder_lock(folder), distributed.peers_needed():
         trainer = Trainer(config, resume, init, autoencoder, stage)
         trainer.accelerator.print(trainer.describe())
-        trainer.fit(stop, quiet)
+        with stop_signals() as stop:  # before, there is nothing to save, and the teacher's pairs take a while
+            trainer.fit(stop, quiet)
     return trainer
