@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (x (B, ...), t (B,), style (B,), or a pair) -> v (B, ...)
+Loss = Callable[[Velocity, Tensor, Tensor, Tensor, Any], Tensor]  # (model, x0, x1, t, style) -> (B,)
 
 #################################################################################
 #                                    Training                                   #
@@ -64,3 +65,13 @@ def flow_loss(model: Velocity, x0: Tensor, x1: Tensor, t: Tensor, style: Any) ->
     """(B,) mean squared error of the velocity of each sample: E |model(x_t, t, style) - (x1 - x0)|^2."""
     xt, target = path(x0, x1, t)
     return (model(xt, t, style).float() - target).square().flatten(1).mean(1)
+
+
+def map_loss(model: Velocity, x0: Tensor, x1: Tensor, t: Tensor, pair: Any) -> Tensor:
+    """(B,) mean absolute error of the velocity of each sample, x1 - x0 being its teacher's.
+
+    Squares would have the map follow its teacher most where that fails, in the cells that it fills with debris; of what
+    the teacher does in like places, this learns the median (docs/few_steps.md has both).
+    """
+    xt, target = path(x0, x1, t)
+    return (model(xt, t, pair).float() - target).abs().flatten(1).mean(1)

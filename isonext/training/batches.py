@@ -12,7 +12,7 @@ from isonext.config import Config, TrainingConfig
 from isonext.data.dataset import LatentSplit
 from isonext.errors import UserError
 from isonext.flow.base import Base, choose_strength, fit_base
-from isonext.flow.loss import drop_labels, pair_noise, sample_time
+from isonext.flow.loss import Loss, drop_labels, flow_loss, pair_noise, sample_time
 from isonext.models.flow_map import Pair
 from isonext.utils.seeding import seeded
 
@@ -154,6 +154,7 @@ class Samples:
     draw: Callable[[int, slice], Batch]  # those rows of the batch of an optimiser step
     held_out: Callable[[int], Batch]  # so many samples for the held-out loss, always the same
     held: int  # that there are for it
+    loss: Loss
 
 
 def flow_samples(
@@ -164,6 +165,7 @@ def flow_samples(
         lambda step, rows: draw_batch(train, base, training, step, null_style, rows),
         lambda count: held_out_batch(val, base, training, count),
         len(val),
+        flow_loss,
     )
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from isonext.config import TrainingConfig
 from isonext.errors import first_line, is_out_of_memory
-from isonext.flow.loss import flow_loss
-from isonext.training.batches import Batch, Style
+from isonext.training.batches import Batch, Samples, Style
 from isonext.training.memory_plan import MicroBatch
 from isonext.utils.device import autocast, fitting
 from model import VelocityNetwork
@@ -26,13 +25,13 @@ class GradientAccumulator:
     def __init__(
         self,
         model: VelocityNetwork,
-        draw: Callable[[int, slice], Batch],  # those rows of the batch of an optimiser step
+        samples: Samples,
         training: TrainingConfig,
         accelerator: Accelerator,
         bf16: bool,
         micro_batch: MicroBatch,  # to begin with
     ) -> None:
-        self.model, self.draw, self.training = model, draw, training
+        self.model, self.samples, self.training = model, samples, training
         self.accelerator, self.device, self.bf16 = accelerator, accelerator.device, bf16
         self.micro_batch = micro_batch
         self.drawn: tuple[int, MicroBatch, list[Batch]] | None = None  # a step whose share is ready
@@ -86,14 +85,14 @@ class GradientAccumulator:
             with autocast(self.device, self.bf16):
                 return network(x, t, style)
 
-        return flow_loss(in_bf16, batch.x0, batch.x1, batch.t, batch.style)
+        return self.samples.loss(in_bf16, batch.x0, batch.x1, batch.t, batch.style)
 
     def _share(self, step: int) -> list[Batch]:
         """This process's share of the batch of `step`, cut into micro-batches."""
         if self.drawn and self.drawn[:2] == (step, self.micro_batch):
             return self.drawn[2]
         rows = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        own = self.draw(step, rows)
+        own = self.samples.draw(step, rows)
         size = self.micro_batch.pictures
         parts = [own.part(slice(start, start + size)) for start in range(0, len(own.t), size)]
         return [part.to(self.device, self.training.channels_last) for part in parts]

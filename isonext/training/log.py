@@ -7,6 +7,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
 from isonext.errors import WriteError, first_line
 from isonext.utils.io import written_whole
 
@@ -55,6 +59,44 @@ class Logbook:
             self.failure = failure.exc_value
         else:
             self.earlier_hook(failure)
+
+
+class Tally:
+    """What the steps since the last line of the log came to; the losses are of this process until they are gathered."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.sums = torch.zeros(2, 4, device=accelerator.device)  # losses, and how many, by quarter of t
+        self.clipped = 0  # steps
+
+    def add(self, sums: Tensor, clipped: bool) -> None:
+        self.sums += sums
+        self.clipped += clipped
+
+    def gather(self) -> None:
+        """Bring the losses to process 0, which saves them."""
+        if self.accelerator.num_processes > 1:
+            self.sums = self.accelerator.reduce(self.sums, "sum") * self.accelerator.is_main_process
+
+    @property
+    def kept(self) -> dict:
+        """For a checkpoint."""
+        return {"sums": self.sums.cpu(), "clipped": self.clipped}
+
+    def restore(self, kept: dict) -> None:
+        """From a checkpoint; an empty one has nothing to say."""
+        if kept and self.accelerator.is_main_process:  # the losses are those of all processes
+            self.sums += kept["sums"].to(self.sums.device)
+        self.clipped = kept.get("clipped", 0)
+
+    def take(self) -> tuple[dict[str, float], int]:
+        """The mean losses by their names in the log, over all processes, and the clipped steps; then it begins anew."""
+        sums, counts = self.accelerator.reduce(self.sums, "sum").tolist()
+        losses = {"loss": sum(sums) / sum(counts)} if sum(counts) else {}
+        losses |= {f"loss_t{q}": sums[q] / counts[q] for q in range(4) if counts[q]}
+        clipped, self.clipped = self.clipped, 0
+        self.sums.zero_()
+        return losses, clipped
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from isonext.config import Config, InferenceConfig, TrainingConfig
 from isonext.data.dataset import LatentSplit
 from isonext.errors import UserError, first_line
+from isonext.flow.loss import map_loss
 from isonext.flow.transfer import TransferSettings
 from isonext.models.flow_map import Pair
 from isonext.pipeline import Pipeline, transfer_settings
@@ -105,7 +106,10 @@ def pair_samples(pairs: dict[str, Pairs], training: TrainingConfig) -> Samples:
         chosen = torch.arange(count)
         return pairs["val"].batch(chosen, spread_times(count), torch.zeros_like(chosen, dtype=torch.bool))
 
-    return Samples(lambda step, rows: draw_pairs(pairs["train"], training, step, rows), held_out, len(pairs["val"]))
+    def draw(step: int, rows: slice) -> Batch:
+        return draw_pairs(pairs["train"], training, step, rows)
+
+    return Samples(draw, held_out, len(pairs["val"]), map_loss)
 
 
 #################################################################################

@@ -21,7 +21,7 @@ from isonext.pipeline import Pipeline, load_codec
 from isonext.training.batches import Batch, Samples, base_of, check_batch_size, flow_samples
 from isonext.training.folder import begin_run, folder_of, identify, is_finite, last_good, new_run
 from isonext.training.gradients import GradientAccumulator
-from isonext.training.log import Logbook
+from isonext.training.log import Logbook, Tally
 from isonext.training.memory_plan import (
     USABLE,
     MicroBatch,
@@ -84,8 +84,7 @@ class Trainer:
         self.state = TrainState.start(model, training)
         self.steps_per_epoch = self.drawn // training.batch_size
         self.total_steps = self.steps_per_epoch * (training.stage1_epochs if stage == 1 else training.stage2_epochs)
-        self.quarter_sums = torch.zeros(2, 4, device=self.device)  # summed losses and counts by quarter of t
-        self.clipped = 0  # steps since the last line of the log
+        self.tally = Tally(self.accelerator)
         self.run = new_run()
         self.branches_from: Path | None = None  # the checkpoint that was asked for by name
         self.teacher: dict[str, Tensor] = {}  # stage 1's averaged weights, in stage 2
@@ -97,8 +96,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             remove_unfinished(self.folder)  # not before: a run that is refused must not touch one that is under way
         self.samples = self._make_samples()
-        draw = self.samples.draw
-        self.gradients = GradientAccumulator(model, draw, training, self.accelerator, self.bf16, micro_batch)
+        self.gradients = GradientAccumulator(model, self.samples, training, self.accelerator, self.bf16, micro_batch)
         self.gradients.prepare(self.state.step, compiled=training.compile and not self.finished)
         self.stopped = 0  # the exit status: of a signal, or 1 where the last epoch could not be saved
         self.validation = self._make_validation()
@@ -158,9 +156,7 @@ class Trainer:
         self.spec = self.train.spec = self.val.spec = replace(self.spec, mean=known.mean, std=known.std)
         self.base, self.choice, self.teacher = checkpoint.base, "", checkpoint.teacher
         self.state.load_tree(vars(checkpoint), path)
-        if self.accelerator.is_main_process and checkpoint.log:  # the sums are over all processes
-            self.quarter_sums += checkpoint.log["sums"].to(self.device)
-        self.clipped = checkpoint.log.get("clipped", 0)
+        self.tally.restore(checkpoint.log)
         self.branches_from = None if resume == "newest" else path
         self.accelerator.print(f"resumed from {path} at step {self.state.step}")
 
@@ -219,8 +215,7 @@ class Trainer:
             self.gradients.draw_ahead(following)  # before the norm, which waits for the GPU
         result = self.state.take_step(training, self.total_steps)
         if result.taken:
-            self.clipped += 0 < training.grad_clip < result.norm
-            self.quarter_sums += sums
+            self.tally.add(sums, clipped=0 < training.grad_clip < result.norm)
         return result
 
     def fit(self, stop: Callable[[], int] = lambda: 0, quiet: bool | None = None) -> None:
@@ -253,7 +248,7 @@ class Trainer:
                 self._end_epoch(self.state.step // self.steps_per_epoch, logbook)
                 started += time.perf_counter() - paused
         bar.close()
-        self._gather_sums()
+        self.tally.gather()
         if main and not self.finished:
             self._save_interrupted()
         if logbook:
@@ -301,28 +296,18 @@ class Trainer:
             return status
         return int(self.accelerator.gather(torch.tensor([status], device=self.device)).max().item())
 
-    def _gather_sums(self) -> None:
-        """Bring the sums for the log to process 0, which saves them."""
-        if self.accelerator.num_processes > 1:
-            self.quarter_sums = self.accelerator.reduce(self.quarter_sums, "sum")
-            self.quarter_sums *= self.accelerator.is_main_process
-
     def _numbers(self, result: StepResult, samples_per_s: float) -> dict[str, float]:
-        """What is logged of the last step; the losses are means since the last call."""
-        sums, counts = self.accelerator.reduce(self.quarter_sums, "sum").tolist()
-        self.quarter_sums.zero_()
-        numbers = {"loss": sum(sums) / sum(counts)} if sum(counts) else {}
-        numbers |= {f"loss_t{q}": sums[q] / counts[q] for q in range(4) if counts[q]}
+        """What is logged of the last step, and of those since the last call."""
+        losses, clipped = self.tally.take()
         epoch, skipped = self.state.step / self.steps_per_epoch, self.state.guard.skipped
-        numbers |= {"epoch": epoch, "lr": result.rate, "samples_per_s": samples_per_s}
+        numbers = losses | {"epoch": epoch, "lr": result.rate, "samples_per_s": samples_per_s}
         numbers |= {"memory_gb": peak_memory_gb(self.device), "skipped_steps": skipped}
-        numbers["clipped"] = self.clipped / self.config.training.log_every_steps
-        self.clipped = 0
+        numbers["clipped"] = clipped / self.config.training.log_every_steps
         return numbers | ({"grad_norm": result.norm} if math.isfinite(result.norm) else {})
 
     def _end_epoch(self, epoch: int, logbook: Logbook | None) -> None:
         training = self.config.training
-        self._gather_sums()
+        self.tally.gather()
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
             numbers = self.validation.validate(self.gradients.micro_batch.pictures, epoch, self.finished)
             logbook.write(self.state.step, numbers)
@@ -362,7 +347,7 @@ class Trainer:
             store=self.train.digest,
             epoch=self.state.step // self.steps_per_epoch,
             run=self.run,
-            log={"sums": self.quarter_sums.cpu(), "clipped": self.clipped},
+            log=self.tally.kept,
             front=self.validation.front,
             **self.state.to_tree(),
         )

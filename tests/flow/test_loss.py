@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from isonext.flow.guidance import GuidedField
-from isonext.flow.loss import drop_labels, flow_loss, pair_noise, path, sample_time
+from isonext.flow.loss import drop_labels, flow_loss, map_loss, pair_noise, path, sample_time
+from isonext.models.flow_map import Pair
 from model import IsoNext
 
 X0 = torch.tensor([[1.0, 2.0], [0.0, -4.0]])
@@ -41,6 +42,15 @@ def test_path_starts_at_noise_and_ends_at_data_in_every_dimension():
     xt, _ = path(x0, x1, torch.tensor([0.0, 1.0]))
     assert torch.equal(xt[0], x0[0])
     assert torch.equal(xt[1], x1[1])
+
+
+def test_loss_of_the_map_is_each_samples_mean_absolute_error_at_xt_t_and_pair():
+    def model(x, t, pair):  # sees all three: (2, 1) + 0.25 + 1 and (6, 2) + 0.75 + 2
+        return x + t[:, None] + pair.target[:, None]
+
+    loss = map_loss(model, X0, X1, T, Pair(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([2.0, 2.0])))
+    # errors (-0.75, 6.25) and (0.75, -3.25)
+    assert torch.equal(loss, torch.tensor([3.5, 2.0]))
 
 
 @quick

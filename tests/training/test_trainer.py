@@ -294,7 +294,7 @@ def test_micro_batches_give_the_same_weights_within_rounding(config, size):
     whole, parts = (trainer.state.model.state_dict() for trainer in runs)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
-    torch.testing.assert_close(runs[1].quarter_sums, runs[0].quarter_sums, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(runs[1].tally.sums, runs[0].tally.sums, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 7])
@@ -452,7 +452,7 @@ def test_memory_that_runs_out_in_a_later_micro_batch_drops_what_the_earlier_ones
     assert [small.train_step() for _ in range(3)] == [halved.train_step() for _ in range(3)]
     assert calls == [4] * 4 + [2] * 12
     assert_same(state(small), state(halved))
-    assert torch.equal(small.quarter_sums, halved.quarter_sums) and small.quarter_sums[1].sum() == 24
+    assert torch.equal(small.tally.sums, halved.tally.sums) and small.tally.sums[1].sum() == 24
 
 
 def test_a_share_drawn_ahead_is_cut_anew_when_memory_runs_out_and_its_gradient_is_that_of_the_whole(
