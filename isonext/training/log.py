@@ -142,7 +142,7 @@ def plot_losses(metrics: Path, output: Path) -> None:
         axes.plot(*_curve(lines, name), linewidth=1, alpha=0.55, label=label)
     axes.plot(*_curve(lines, "loss"), color="black", linewidth=1.5, label="training loss")
     axes.plot(*_curve(lines, "val_loss"), "o-", color="crimson", markersize=3, label="validation loss (EMA)")
-    axes.set(xlabel="step", ylabel="mean squared error of v", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="error of v", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
