@@ -299,7 +299,7 @@ def settled(
 ) -> Config:
     """The config dict of a checkpoint under --set, under flags of its inference section.
 
-    Where those take another method than the map of stage 2, which has one step, its legs have the usual number.
+    Where those take another method than the map of stage 2, it is its teacher's, see `of_teacher`.
     """
 
     def change(tree: dict) -> Config:
@@ -308,8 +308,16 @@ def settled(
 
     config = change(tree)
     if tree["inference"]["method"] == "map" != config.inference.method:
-        return change(tree | {"inference": tree["inference"] | {"num_steps": InferenceConfig.num_steps}})
+        return change(tree | {"inference": of_teacher(tree["inference"])})
     return config
+
+
+def of_teacher(inference: dict) -> dict:
+    """The inference section of a checkpoint of stage 2 for its teacher: the usual method and steps, and the usual scale
+    where "auto" is the map's."""
+    scale = InferenceConfig.cfg_scale if inference["cfg_scale"] == "auto" else inference["cfg_scale"]
+    usual = {"method": InferenceConfig.method, "num_steps": InferenceConfig.num_steps, "cfg_scale": scale}
+    return inference | usual
 
 
 def transfer_settings(

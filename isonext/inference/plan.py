@@ -164,7 +164,8 @@ def resolve_settings(
     A kept structure brings the settings of its legs along; only the guidance of a new generation leg is free.
     """
     tree = config_to_dict(load_config(options.config)) if options.config else trained
-    inference = settled(tree, options.overrides, options.flags, "inference settings").inference
+    flags = options.flags | ({"method": legs.method} if legs else {})
+    inference = settled(tree, options.overrides, flags, "inference settings").inference
     settings = transfer_settings(inference, options.strength, options.seed, front)
     if tell and front and inference.cfg_scale == "auto":
         print(front_line(front))

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from isonext.config import InferenceConfig
 from isonext.data import images
 from isonext.data.store import LatentSpec
 from isonext.errors import UserError
@@ -23,7 +22,7 @@ from isonext.flow.transfer import TransferSettings
 from isonext.inference.options import SampleOptions
 from isonext.inference.plan import compile_where_it_pays, is_worth_compiling, open_pipeline, resolve_settings
 from isonext.inference.record import keep_record, record_of_run
-from isonext.pipeline import Pipeline
+from isonext.pipeline import Pipeline, of_teacher
 from isonext.utils import distributed
 from isonext.utils.distributed import rank
 from isonext.utils.io import in_background, remove_unfinished, written_whole
@@ -98,8 +97,7 @@ def sampling_settings(options: SampleOptions, trained: dict, spec: LatentSpec, b
             )
         flags["cfg_scale"] = 1.0
     if trained["inference"]["method"] == "map":  # of stage 2: samples are of its teacher
-        usual = {"method": InferenceConfig.method, "num_steps": InferenceConfig.num_steps}
-        trained = trained | {"inference": trained["inference"] | usual}
+        trained = trained | {"inference": of_teacher(trained["inference"])}
     settings = resolve_settings(replace(options.settings, flags=flags), trained, options.network.checkpoint)
     if not base.can_sample:
         raise UserError(

@@ -42,7 +42,7 @@ from isonext.training.resume import (
     take_over,
 )
 from isonext.training.state import StepResult, TrainState
-from isonext.training.validation import Validation
+from isonext.training.validation import Validation, can_be_transferred
 from isonext.utils import distributed
 from isonext.utils.cli import stop_signals
 from isonext.utils.device import allow_tf32, free_bytes, has_bf16, prepare_process
@@ -311,8 +311,8 @@ class Trainer:
         if logbook and len(self.val) and (epoch % training.val_every_epochs == 0 or self.finished):
             numbers = self.validation.validate(self.gradients.micro_batch.pictures, epoch, self.finished)
             logbook.write(self.state.step, numbers)
-            if self.finished and self.inference.cfg_scale == "auto":
-                self.validation.measure_front()
+            if self.finished:
+                self._choose_scale()
             if self._is_sound() and numbers.get("val_score", 0) > self.best_score:
                 self.best_score = numbers["val_score"]
                 self.save(self.folder / BEST)
@@ -322,6 +322,13 @@ class Trainer:
         if self.finished and not self._is_sound():
             self.stopped = 1
         self.accelerator.wait_for_everyone()
+
+    def _choose_scale(self) -> None:
+        """At the end, where "auto" asks for it, and of every map, whose style at a scale is not its teacher's."""
+        if self.inference.cfg_scale == "auto" or (self.stage == 2 and can_be_transferred(self.val)):
+            self.validation.measure_front()
+            if self.validation.front:
+                self.inference = replace(self.inference, cfg_scale="auto")
 
     def _save_epoch(self, epoch: int) -> None:
         """Save, and delete the oldest. What may be broken is not saved, and nothing makes room for it."""

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from helpers import TINY, call_within, refused
 from isonext.checkpoint import load_checkpoint, network_of
-from isonext.config import TrainingConfig, config_from_dict
+from isonext.config import TrainingConfig, config_from_dict, config_to_dict
 from isonext.data.dataset import LatentSplit
 from isonext.data.store import LatentSpec, read_meta
 from isonext.errors import UserError
+from isonext.pipeline import settled
 from isonext.training import validation
 from isonext.training.log import read_metrics
 from isonext.training.memory_plan import count_needs, print_plan
@@ -148,7 +149,7 @@ def test_stage_2_begins_as_stage_1_under_the_target_style_and_leaves_its_files_a
     done = load_checkpoint(trainer.folder / "stage2_epoch4.pt")
     assert (done.stage, done.step, done.config.inference.method, done.config.inference.num_steps) == (2, 12, "map", 1)
     assert all(torch.equal(done.teacher[name], tensor) for name, tensor in teacher.items())
-    assert (trainer.folder / "preview_epoch4.png").exists() and done.config.inference.cfg_scale == 2.0
+    assert (trainer.folder / "preview_epoch4.png").exists() and done.config.inference.cfg_scale == "auto"
     last = [line for line in read_metrics(trainer.folder / "metrics.jsonl") if "val_loss" in line][-1]
     assert {"val_style_success", "val_ssim"} <= last.keys() and "val_leakage" not in last
 
@@ -235,6 +236,23 @@ def test_a_front_is_measured_within_the_scales_that_were_taught(config, first):
     trainer = train(config(changes), init=first, stage=2, quiet=True)
     front = load_checkpoint(trainer.folder / "stage2_epoch1.pt").front
     assert [point["cfg_scale"] for point in front["points"]] == [1.2, 1.5, 2.0, 2.5]
+
+
+def test_the_last_epoch_chooses_the_scale_of_the_map_and_its_teacher_keeps_the_usual_one(config, first):
+    changes = {"inference.cfg_scale": 3.0, "training.stage2_epochs": 2, "training.save_every_epochs": 1}
+    folder = train(config(changes), init=first, stage=2, quiet=True).folder
+    halfway, last = (load_checkpoint(folder / f"stage2_epoch{epoch}.pt") for epoch in (1, 2))
+    assert halfway.config.inference.cfg_scale == 3.0 and not halfway.front
+    assert last.config.inference.cfg_scale == "auto" and 1 <= last.front["scale"] <= 4
+    legs = settled(config_to_dict(last.config), (), {"method": "alf"}).inference
+    assert (legs.cfg_scale, legs.num_steps) == (2.0, 20)
+
+
+def test_without_held_out_pictures_the_scale_of_the_map_stays_as_given(config, first, monkeypatch):
+    monkeypatch.setattr("isonext.training.trainer.can_be_transferred", lambda val: False)
+    folder = train(config({"training.stage2_epochs": 1}), init=first, stage=2, quiet=True).folder
+    last = load_checkpoint(folder / "stage2_epoch1.pt")
+    assert last.config.inference.cfg_scale == 2.0 and not last.front
 
 
 def test_the_plan_of_stage_2_counts_its_weights(store, config, capsys):
