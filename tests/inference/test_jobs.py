@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from helpers import CHECKPOINT, call, refused, second_stage
+from isonext.checkpoint import load_checkpoint
 from isonext.data import images
 from isonext.errors import first_line
 from isonext.evaluation.metrics import ssim
@@ -1060,6 +1061,21 @@ def test_a_structure_of_map_gives_the_original_and_other_styles_without_it(few, 
     assert "by way of the picture" in out and "exact (0 of 768" in out
     out_of(infer(*of_kept, "cold", "--output", tmp_path / "itself.png"))
     assert same(tmp_path / "itself.png", tmp_path / "back.png")
+
+
+def test_the_scale_that_was_measured_is_the_maps_alone(infer, second, tmp_path):
+    measured = load_checkpoint(second)
+    measured.config.inference.cfg_scale = "auto"
+    point = {"cfg_scale": 3.0, "style_success": 0.5, "ssim": 0.25}
+    measured.front = {"scale": 3.0, "ceiling": 0.5, "pictures": 4, "points": [point]}
+    measured.save(tmp_path / "measured.pt")
+    network, to_warm = ("--checkpoint", tmp_path / "measured.pt"), ("--target_style", "warm")
+    for method, scale in (("map", 3), ("alf", 2)):
+        kept = tmp_path / f"{method}.safetensors"
+        flags = (*network, "--source_style", "cold", "--input", PICTURE, *to_warm, "--method", method)
+        assert f"guidance {scale}," in out_of(infer(*flags, "--output", tmp_path / "a.png", "--save_structure", kept))
+        out = out_of(infer(*network, "--from_structure", kept, *to_warm, "--output", tmp_path / "b.png"))
+        assert f"guidance {scale}," in out and same(tmp_path / "a.png", tmp_path / "b.png")
 
 
 def test_all_styles_and_an_interpolation_by_map(few, second, tmp_path):
