@@ -144,8 +144,8 @@ def main(args: argparse.Namespace) -> int:
         if min(getattr(args, name)) < 1:
             raise UserError(f"--{name} {min(getattr(args, name))}: must be 1 or more")
     pipeline, side, timed = contestants(args)
-    name, threads = device_name(pipeline.device), torch.get_num_threads()
-    print(f"{name}, {threads} threads; {side} px, BF16: {pipeline.bf16}, compiled: {args.compile}")
+    name = device_name(pipeline.device)
+    print(f"{name}; {side} px, BF16: {pipeline.bf16}, compiled: {args.compile}")
     print(f"{'batch':>5}  {'':14}{'nfe':>5}" + "".join(f"{part:>11}" for part in (*PARTS, "in all")) + "   ms;"
           f"{'pictures/s':>12}{'network':>10}{'in all':>8}  times as fast")  # fmt: skip
     rows: list[dict] = []
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
                 f"{row['network_speed']:10.2f}{row['speed']:8.2f}"
             )
             rows.append(row)
-    described = {"device": name, "threads": threads, "side": side, "compiled": args.compile, "rounds": args.rounds}
+    described = {"device": name, "side": side, "compiled": args.compile, "rounds": args.rounds}
     print(json.dumps(described | {"rows": rows}))
     return 0
 
