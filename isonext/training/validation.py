@@ -84,10 +84,13 @@ class Validation:
 
     @property
     def scales(self) -> list[float]:
-        """Among which `auto` chooses; of stage 2, among those that it was taught."""
+        """Among which `auto` chooses; of stage 2, among those that it was taught, from the one that was asked for on: a
+        map has at most the style of its teacher at the same scale."""
         if self.inference.method != "map":
             return list(SCALES)
         low, high = self.training.stage2_scales
+        if self.inference.cfg_scale != "auto":
+            low = self.inference.cfg_scale
         return sorted({low, high, *(scale for scale in SCALES if low <= scale <= high)})
 
     @functools.cached_property

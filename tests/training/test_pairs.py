@@ -243,7 +243,8 @@ def test_the_last_epoch_chooses_the_scale_of_the_map_and_its_teacher_keeps_the_u
     folder = train(config(changes), init=first, stage=2, quiet=True).folder
     halfway, last = (load_checkpoint(folder / f"stage2_epoch{epoch}.pt") for epoch in (1, 2))
     assert halfway.config.inference.cfg_scale == 3.0 and not halfway.front
-    assert last.config.inference.cfg_scale == "auto" and 1 <= last.front["scale"] <= 4
+    assert last.config.inference.cfg_scale == "auto" and 3 <= last.front["scale"] <= 4
+    assert [point["cfg_scale"] for point in last.front["points"]] == [3.0, 4.0]  # none below that of the config
     legs = settled(config_to_dict(last.config), (), {"method": "alf"}).inference
     assert (legs.cfg_scale, legs.num_steps) == (2.0, 20)
 
