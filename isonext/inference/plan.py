@@ -164,13 +164,13 @@ def resolve_settings(
     A kept structure brings the settings of its legs along; only the guidance of a new generation leg is free.
     """
     tree = config_to_dict(load_config(options.config)) if options.config else trained
-    flags = options.flags | ({"method": legs.method} if legs else {})
+    flags = options.flags | ({name: getattr(legs, name) for name in OF_THE_LEGS} if legs else {})
     inference = settled(tree, options.overrides, flags, "inference settings").inference
     settings = transfer_settings(inference, options.strength, options.seed, front)
     if tell and front and inference.cfg_scale == "auto":
         print(front_line(front))
     if legs:
-        settings = replace(settings, **{name: getattr(legs, name) for name in (*OF_THE_LEGS, "strength", "skip")})
+        settings = replace(settings, strength=legs.strength, skip=legs.skip)
     if settings.guidance == "null" and settings.cfg_scale != 1 and trained["training"]["label_drop_prob"] == 0:
         raise UserError(
             f"{checkpoint}: trained with label_drop_prob 0, so it has no null style to guide against; "

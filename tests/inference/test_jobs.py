@@ -1078,6 +1078,18 @@ def test_the_scale_that_was_measured_is_the_maps_alone(infer, second, tmp_path):
         assert f"guidance {scale}," in out and same(tmp_path / "a.png", tmp_path / "b.png")
 
 
+def test_a_structure_of_other_legs_than_the_checkpoints_goes_on_with_its_own(infer, studio, tmp_path):
+    solved = load_checkpoint(studio / CHECKPOINT)
+    solved.config.inference.method, solved.config.inference.inversion = "heun", "fixed_point"
+    solved.save(tmp_path / "solved.pt")
+    network, kept = ("--checkpoint", tmp_path / "solved.pt"), tmp_path / "a.safetensors"
+    legs = ("--method", "alf", "--inversion", "explicit", "--num_steps", "2", "--time_grid", "cosine")
+    flags = ("--source_style", "cold", "--target_style", "warm", "--input", PICTURE, "--save_structure", kept)
+    out_of(infer(*network, *flags, *legs, "--output", tmp_path / "a.png"))
+    to_warm = ("--from_structure", kept, "--target_style", "warm", "--output", tmp_path / "b.png")
+    assert "alf, 2 steps a leg" in out_of(infer(*network, *to_warm)) and same(tmp_path / "a.png", tmp_path / "b.png")
+
+
 def test_all_styles_and_an_interpolation_by_map(few, second, tmp_path):
     one, sheet = ("--input", PICTURE, "--certify", "--output"), tmp_path / "s.png"
     out = out_of(few("--target_style", "all", *one, sheet))
