@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_stopped_and_resumed_is_the_run_left_in_peace(config, first, store):
     assert losses[0] == losses[1] and not (resumed.folder / "stage2_interrupted.pt").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "nan", "other"])
+@pytest.mark.parametrize("damage", ["cut", "nan", "steps", "weights"])
 def test_a_file_that_does_not_fit_is_made_anew(config, first, damage, capsys):
     path = Trainer(config(), init=first, stage=2).folder / FILE
     good, tensors = path.read_bytes(), load_file(path)
@@ -183,12 +184,15 @@ def test_a_file_that_does_not_fit_is_made_anew(config, first, damage, capsys):
             metadata = file.metadata()
         tensors["train"][0, 0, 0, 0] = torch.nan
         save_file(tensors, path, metadata)
+    elif damage == "weights":
+        teacher = load_checkpoint(first)
+        teacher.ema["stem.bias"] += 0.1
+        teacher.save(Path(first))
     capsys.readouterr()
-    Trainer(config({"inference.num_steps": 3} if damage == "other" else {}), init=first, stage=2)
-    line = capsys.readouterr().out.splitlines()[1]
-    reason = "is of another teacher" if damage == "other" else "is damaged"
-    assert line.startswith(f"{path} {reason}") and line.endswith("its pairs are made anew")
-    assert (path.read_bytes() == good) == (damage != "other")
+    Trainer(config({"inference.num_steps": 3} if damage == "steps" else {}), init=first, stage=2)
+    line, other = capsys.readouterr().out.splitlines()[1], damage in ("steps", "weights")
+    assert line.startswith(f"{path} {'is of another teacher' if other else 'is damaged'}")
+    assert line.endswith("its pairs are made anew") and (path.read_bytes() == good) == (not other)
 
 
 @pytest.mark.parametrize(
