@@ -137,6 +137,16 @@ def test_results_are_the_teachers_transfers(config, first):
     assert torch.equal(results, expected.half())
 
 
+def test_stage_2_learns_by_absolute_errors(config, first):
+    trainer = Trainer(config({"training.use_amp": False}), init=first, stage=2)
+    batch = trainer.samples.held_out(2)
+    middle = batch.x0.lerp(batch.x1, batch.t.view(-1, 1, 1, 1))
+    with torch.no_grad():
+        errors = trainer.state.ema.model(middle, batch.t, batch.style) - (batch.x1 - batch.x0)
+        losses = trainer.validation.losses(batch)
+    torch.testing.assert_close(losses, errors.abs().mean((1, 2, 3)), rtol=1e-5, atol=0)
+
+
 def test_stage_2_begins_as_stage_1_under_the_target_style_and_leaves_its_files_alone(config, first, store):
     before = {path: path.read_bytes() for path in (store / "run").rglob("*") if path.is_file()}
     trainer = Trainer(config(), init=first, stage=2)
