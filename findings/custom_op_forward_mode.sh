@@ -47,10 +47,10 @@ leaf = x.clone().requires_grad_()
 backward = torch.autograd.grad(square(leaf), leaf)[0]
 try:
     torch.func.jvp(Square.apply, (x,), (one,))
-    raised = "nothing"
-except NotImplementedError as error:
-    raised = type(error).__name__
+    raised = False
+except RuntimeError:
+    raised = True
 print(f"torch {torch.__version__}: value {value} tangent {tangent} (it is {backward}); in x^2 + x: {hidden} (it is 7.0)")
-print(f"an autograd.Function without jvp raises {raised}")
-assert (value, tangent, hidden, backward) == (9, 0, 1, 6) and raised == "NotImplementedError", "the behaviour has changed"
+print(f"an autograd.Function without jvp raises an error: {raised}")
+assert (value, tangent, hidden, backward, raised) == (9, 0, 1, 6, True), "the behaviour has changed"
 PYTHON
