@@ -1,7 +1,7 @@
 """How long does a transfer take, what of it is the network, and how much faster is stage 2?
 
 python benchmarks/transfer.py --checkpoint checkpoints/emoji/stage1_epoch16.pt --batch_sizes 1 32
-python benchmarks/transfer.py --checkpoint checkpoints/photo/stage2/stage2_epoch40.pt --side 256 --batch_sizes 32 \\
+python benchmarks/transfer.py --checkpoint checkpoints/photo/stage2/stage2_epoch12.pt --side 256 --batch_sizes 32 \\
     --code ../contrastive-unpaired-translation
 
 Pictures of noise in memory through the four parts of a transfer: encode, the inversion leg, the generation leg in
